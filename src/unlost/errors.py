@@ -1,0 +1,76 @@
+"""Every error of unlost, sorted by what its reader must do. Imports nothing.
+
+Each carries a stable code and says what was expected, what was found and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class UnlostError(Exception):
+    """The root. `code` is stable across releases; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, code: str, what: str, *, found: str = "", fix: str = "") -> None:
+        self.code = code
+        self.what = what
+        self.found = found
+        self.fix = fix
+        super().__init__(code, what, found, fix)
+
+    def __str__(self) -> str:
+        text = f"{self.code}: {self.what}"
+        if self.found:
+            text += f"\n  found: {self.found}"
+        if self.fix:
+            text += f"\n  do:    {self.fix}"
+        return text
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.code, self.what, self.found, self.fix))
+
+
+def _rebuild(kind: type[UnlostError], code: str, what: str, found: str, fix: str) -> UnlostError:
+    return kind(code, what, found=found, fix=fix)
+
+
+class UsageError(UnlostError):
+    """The program or the command is wrong; nothing was accepted. Change it."""
+
+    exit_code = 2
+
+
+class Unavailable(UnlostError):
+    """The world said no, and surely nothing was accepted. Retrying is safe."""
+
+    exit_code = 4
+
+
+class OutcomeUnknown(UnlostError):
+    """Nobody can say whether it was accepted. Publishing again with the same id is safe."""
+
+    exit_code = 5
+
+
+class Damaged(UnlostError):
+    """Stored data are not what was written, or fewer than what was acknowledged. A loss was found: read it."""
+
+    exit_code = 3
+
+
+class Undecodable(UnlostError):
+    """These bytes are not an event that this code can read. It goes to the shelf with its bytes."""
+
+
+class Fenced(UnlostError):
+    """This process is no longer the owner of the partition; the newer owner goes on. Not to be retried."""
+
+
+class Bug(UnlostError):
+    """An invariant of unlost does not hold. Please report it with the text of this error."""
+
+
+def invariant(condition: object, what: str) -> None:
+    """Raises `Bug` unless the condition holds; unlike `assert`, also under `python -O`."""
+    if not condition:
+        raise Bug("UL9001", f"an invariant does not hold: {what}", fix="please report this; nothing was acknowledged")
