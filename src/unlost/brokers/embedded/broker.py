@@ -1,0 +1,139 @@
+"""The embedded broker: a partitioned log in one SQLite file, shared by the processes of one machine.
+
+**Guarantee** a published event survives power loss of the machine: its receipt comes after the fsync of its commit.
+**After a crash** of any process at any line the file holds whole commits only; the events that a dead process had
+in its hands are delivered again by whoever takes its partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import apsw
+
+from unlost.brokers.embedded.group import EmbeddedMember
+from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.port import Abilities, Receipt
+from unlost.config import duration
+from unlost.errors import UsageError
+from unlost.events import Envelope, check_name
+from unlost.events.topic import Arrival, Topic, TopicInfo
+from unlost.sqlite.file import File
+from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
+from unlost.sqlite.transaction import Transaction
+from unlost.world import new_id
+
+PARTITIONS_MAX = 1024
+
+
+class EmbeddedBroker:
+    abilities = Abilities(
+        name="embedded",
+        survives="power loss of one machine",
+        ordered=True,
+        replayable=True,
+        delayed=False,
+        atomic_batches=True,
+        commits_with_store=True,
+    )
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    async def open(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+    async def declare(self, topics: Sequence[Topic]) -> Sequence[TopicInfo]:
+        wanted = [(t.name, t.partitions, None if t.retention is None else int(duration(t.retention))) for t in topics]
+        for name, partitions, _ in wanted:
+            check_name("topic", name)
+            if not 1 <= partitions <= PARTITIONS_MAX:
+                raise UsageError(
+                    "UL1102", f"the topic {name!r} needs between 1 and {PARTITIONS_MAX} partitions", found=str(partitions)
+                )
+        known = {t.name: t for t in await self.topics()}
+        if any(
+            name not in known or known[name].partitions != partitions or known[name].retention != retention
+            for name, partitions, retention in wanted
+        ):
+            await self.file.write(lambda tx: _declare(tx, wanted))
+            known = {t.name: t for t in await self.topics()}
+        return [known[name] for name, _, _ in wanted]
+
+    async def publish(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
+        places = await self.file.write(lambda tx: tx.append(envelopes))
+        return [
+            Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
+            for e, p in zip(envelopes, places, strict=True)
+        ]
+
+    async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:
+        member = EmbeddedMember(self.file, service, topics)
+        await member.open()
+        return member
+
+    async def topics(self) -> Sequence[TopicInfo]:
+        return self.file.read(read_topics)
+
+    async def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
+        def work(connection: apsw.Connection) -> list[Arrival]:
+            row = connection.execute(
+                "select first_number, partitions from unlost_topic where name = ?", (topic,)
+            ).fetchone()
+            if row is None or not 0 <= partition < row[1]:
+                return []
+            return read_partition(self.file.path, connection, topic, partition, row[0] + partition, start, limit)
+
+        return self.file.read(work)
+
+
+def read_topics(connection: apsw.Connection) -> list[TopicInfo]:
+    found = []
+    rows = connection.execute(
+        "select name, id, first_number, partitions, retention from unlost_topic order by name"
+    ).fetchall()
+    for name, id, first, partitions, retention in rows:
+        ranges = [partition_range(connection, number) for number in range(first, first + partitions)]
+        found.append(TopicInfo(name=name, id=id, partitions=partitions, ranges=ranges, retention=retention))
+    return found
+
+
+def partition_range(connection: apsw.Connection, number: int) -> tuple[int, int]:
+    """First position and the position after the last."""
+    low = number << POSITION_BITS
+    first = connection.execute(
+        "select at from unlost_log where at between ? and ? order by at limit 1", (low, low | POSITION_MAX)
+    ).fetchone()
+    if first is None:
+        return 0, 0
+    last = connection.execute(
+        "select at from unlost_log where at between ? and ? order by at desc limit 1", (low, low | POSITION_MAX)
+    ).fetchone()
+    return first[0] - low, last[0] - low + 1
+
+
+def _declare(tx: Transaction, wanted: Sequence[tuple[str, int, Any]]) -> None:
+    rows = {row[0]: row[1] for row in tx.execute("select name, partitions from unlost_topic")}
+    for name, partitions, _ in wanted:
+        if rows.get(name, partitions) != partitions:
+            raise UsageError(
+                "UL1103", f"the topic {name!r} has {rows[name]} partitions; that cannot be changed",
+                found=f"declared are {partitions}",
+                fix=f"declare {rows[name]}: with another number the keys would move to other partitions and lose their order",
+            )  # fmt: skip
+    following = tx.one("select coalesce(max(first_number + partitions), 0) from unlost_topic")[0]
+    for name, partitions, retention in wanted:
+        if name in rows:
+            tx.execute("update unlost_topic set retention = ? where name = ?", (retention, name))
+        else:
+            tx.execute(
+                "insert into unlost_topic values (?, ?, ?, ?, ?, ?)",
+                (name, new_id(), following, partitions, retention, tx.world.now()),
+            )
+            following += partitions
+            rows[name] = partitions
+    tx.forget()

@@ -1,0 +1,281 @@
+"""How the processes of one machine share a service's partitions, with the file as their only meeting place.
+
+The rule is local and needs no leader: every member may own its fair share. Whoever has too much offers the surplus;
+whoever has too little takes what is free. Each step is one commit, so two members never take the same partition.
+A dead member's partitions are free at once: the kernel has let go of its process file's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import apsw
+
+from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.port import Arrivals, Assigned, Change, Lost, Revoked
+from unlost.events.topic import Unit
+from unlost.sqlite.file import File
+from unlost.sqlite.process import examine, service_hash
+from unlost.sqlite.transaction import Transaction
+
+POLL_SECONDS = 0.2  # how often peers are looked at, and the log without a doorbell
+READ_MAX = 256  # events of one partition in one read
+
+
+class EmbeddedMember:
+    """This process' part in a service. Used from one event loop."""
+
+    def __init__(self, file: File, service: str, topics: Sequence[str]) -> None:
+        self._file = file
+        self._service = service
+        self._hash = service_hash(service)
+        self._topics = list(topics)
+        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._numbers: dict[Unit, int] = {}  # every unit of the service -> its partition number
+        self._owned: set[Unit] = set()
+        self._revoking: set[Unit] = set()
+        self._next: dict[Unit, int] = {}  # read positions, of units that were sought
+        self._paused: set[Unit] = set()
+        self._looked = float("-inf")
+        self._order: list[Unit] = []
+        self._joined = False
+
+    async def open(self) -> None:
+        self._numbers = self._file.read(self._read_numbers)
+        await self._join()
+        self._file.listen(self._notify)
+        bell = self._file.bell.socket
+        if bell is not None:
+            _bells.add(self._loop, self._file, self._wake)
+
+    async def receive(self) -> Sequence[Change]:
+        while True:
+            self._wake.clear()
+            changes: list[Change] = []
+            if self._loop.time() - self._looked >= POLL_SECONDS:
+                self._looked = self._loop.time()
+                changes.extend(await self._coordinate())
+            changes.extend(self._read())
+            if changes:
+                return changes
+            wait = max(0.0, self._looked + POLL_SECONDS - self._loop.time())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait)
+
+    def seek(self, unit: Unit, position: int) -> None:
+        if unit in self._owned:
+            self._next[unit] = position
+            self._wake.set()
+
+    def pause(self, unit: Unit) -> None:
+        self._paused.add(unit)
+
+    def resume(self, unit: Unit) -> None:
+        self._paused.discard(unit)
+        self._wake.set()
+
+    async def ack(self, unit: Unit, position: int, note: str) -> None:
+        raise NotImplementedError("the embedded broker commits with the store")
+
+    async def release(self, units: Sequence[Unit]) -> None:
+        process = self._file.process_id
+
+        def work(tx: Transaction) -> None:
+            for unit in units:
+                tx.execute(
+                    "update unlost_assignment set process = null "
+                    "where service = ? and topic = ? and partition = ? and process = ?",
+                    (*unit, process),
+                )
+
+        self._forget(units)
+        await self._file.write(work)
+
+    async def close(self) -> None:
+        self._file.unlisten(self._notify)
+        _bells.remove(self._loop, self._file, self._wake)
+        process = self._file.process_id
+
+        def work(tx: Transaction) -> None:
+            tx.execute("delete from unlost_member where service = ? and process = ?", (self._service, process))
+            tx.execute(
+                "update unlost_assignment set process = null where service = ? and process = ?", (self._service, process)
+            )
+
+        await self._file.write(work)
+
+    # --- the log -----------------------------------------------------------------------------------------
+
+    def _read(self) -> list[Change]:
+        ready = [unit for unit in self._order if unit in self._next and unit not in self._paused]
+        if not ready:
+            return []
+
+        def work(connection: apsw.Connection) -> list[Change]:
+            found: list[Change] = []
+            for unit in ready:
+                events = read_partition(
+                    self._file.path, connection, unit.topic, unit.partition,
+                    self._numbers[unit], self._next[unit], READ_MAX,
+                )  # fmt: skip
+                if events:
+                    found.append(Arrivals(unit, events))
+            return found
+
+        changes = self._file.read(work)
+        for change in changes:
+            assert isinstance(change, Arrivals)
+            self._next[change.unit] = change.events[-1].position + 1
+            self._file.process_file.read_up_to(self._hash, self._numbers[change.unit], self._next[change.unit])
+        return changes
+
+    def _notify(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    # --- the group ---------------------------------------------------------------------------------------
+
+    async def _join(self) -> None:
+        process, service = self._file.process_id, self._service
+
+        def work(tx: Transaction) -> None:
+            tx.execute(
+                "insert into unlost_member values (?, ?, ?) on conflict do nothing", (service, process, tx.world.now())
+            )
+            for unit in self._numbers:
+                tx.execute(
+                    "insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit)
+                )
+
+        await self._file.write(work)
+        self._joined = True
+
+    async def _coordinate(self) -> list[Change]:
+        """Looks at the group and takes one step towards everybody's fair share."""
+        members, owners = self._file.read(self._read_group)
+        me = self._file.process_id
+        if me not in members:  # we were taken for dead while we slept: all is somebody else's now
+            lost = sorted(self._owned)
+            self._forget(lost)
+            await self._join()
+            return [Lost(lost)] if lost else []
+        lost = [unit for unit in self._owned if owners.get(unit) != me]
+        self._forget(lost)
+        changes: list[Change] = [Lost(lost)] if lost else []
+        live = [m for m in members if m == me or self._lives(m)]
+        dead = (set(members) | {o for o in owners.values() if o}) - set(live)
+        share = _share(live, len(self._numbers), me)
+        free = [u for u in self._numbers if owners.get(u) is None or owners[u] in dead]
+        if dead or (free and len(self._owned) < share):
+            taken = await self._file.write(lambda tx: self._claim(tx, dead))
+            if taken:
+                self._owned.update(taken)
+                self._order = sorted(self._owned)
+                changes.append(Assigned(taken))
+        elif len(self._owned) - len(self._revoking) > share:
+            surplus = sorted(self._owned - self._revoking)[share - len(self._owned) + len(self._revoking) :]
+            self._revoking.update(surplus)
+            self._paused.update(surplus)
+            changes.append(Revoked(surplus))
+        return changes
+
+    def _claim(self, tx: Transaction, dead: set[str]) -> list[Unit]:
+        """Under the write lock: what it saw may be old, so everything is looked at again."""
+        me = self._file.process_id
+        if tx.one("select 1 from unlost_member where service = ? and process = ?", (self._service, me)) is None:
+            return []
+        for process in dead:
+            if not self._lives(process):
+                tx.execute("delete from unlost_member where service = ? and process = ?", (self._service, process))
+                tx.execute(
+                    "update unlost_assignment set process = null where service = ? and process = ?",
+                    (self._service, process),
+                )
+        members, owners = self._read_group(tx.connection)
+        mine = {unit for unit, owner in owners.items() if owner == me}
+        wanted = _share(members, len(self._numbers), me) - len(mine)
+        taken = [unit for unit in sorted(self._numbers) if owners.get(unit) is None][: max(0, wanted)]
+        for unit in taken:
+            tx.execute(
+                "update unlost_assignment set process = ? where service = ? and topic = ? and partition = ?",
+                (me, *unit),
+            )
+        return taken
+
+    def _lives(self, process: str) -> bool:
+        if process == self._file.process_id:
+            return True
+        remains = examine(self._file.run_folder, process)
+        return remains.alive and not remains.hung
+
+    def _read_group(self, connection: apsw.Connection) -> tuple[list[str], dict[Unit, str | None]]:
+        members = [
+            row[0]
+            for row in connection.execute(
+                "select process from unlost_member where service = ? order by joined, process", (self._service,)
+            )
+        ]
+        rows = connection.execute(
+            "select topic, partition, process from unlost_assignment where service = ?", (self._service,)
+        )
+        owners = {Unit(self._service, topic, partition): process for topic, partition, process in rows}
+        return members, {unit: owner for unit, owner in owners.items() if unit in self._numbers}
+
+    def _read_numbers(self, connection: apsw.Connection) -> dict[Unit, int]:
+        numbers = {}
+        for name, first, partitions in connection.execute(
+            "select name, first_number, partitions from unlost_topic order by name"
+        ):
+            if name in self._topics:
+                for partition in range(partitions):
+                    numbers[Unit(self._service, name, partition)] = first + partition
+        return numbers
+
+    def _forget(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            self._owned.discard(unit)
+            self._revoking.discard(unit)
+            self._paused.discard(unit)
+            self._next.pop(unit, None)
+        self._order = sorted(self._owned)
+
+
+def _share(members: Sequence[str], units: int, me: str) -> int:
+    """How many of the units are `me`'s: the same number for all, and one more for the oldest few."""
+    each, rest = divmod(units, len(members))
+    return each + (1 if members.index(me) < rest else 0)
+
+
+class _Bells:
+    """One reader of the doorbell per event loop and file, waking every member in it."""
+
+    def __init__(self) -> None:
+        self._wakes: dict[tuple[int, int], set[asyncio.Event]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, file: File, wake: asyncio.Event) -> None:
+        wakes = self._wakes.setdefault((id(loop), id(file)), set())
+        if not wakes and file.bell.socket is not None:
+
+            def rung() -> None:
+                file.bell.drain()
+                for event in wakes:
+                    event.set()
+
+            loop.add_reader(file.bell.socket, rung)
+        wakes.add(wake)
+
+    def remove(self, loop: asyncio.AbstractEventLoop, file: File, wake: asyncio.Event) -> None:
+        wakes = self._wakes.get((id(loop), id(file)))
+        if wakes is None:
+            return
+        wakes.discard(wake)
+        if not wakes:
+            del self._wakes[id(loop), id(file)]
+            if file.bell.socket is not None:
+                loop.remove_reader(file.bell.socket)
+
+
+_bells = _Bells()

@@ -1,0 +1,137 @@
+"""What every broker promises. The first file to read for whoever adds one.
+
+A broker moves events; it remembers nothing about handling them (that is the store's task). Queue, pub/sub and
+stream are the same few verbs with other arguments.
+
+- `publish` returns receipts when the events are durable, as far as `abilities.survives` says; before that it
+  has promised nothing. It never drops, never reorders events of one key within a batch or between two calls
+  of which the first has returned.
+- A `Member` receives what its service's partitions hold, each partition's events in the order of the log, from
+  the position that `seek` names. It hands out a partition only between `Assigned` and `Revoked`/`Lost`.
+- Delivering twice is allowed, skipping is not: where the log has a hole, `receive` raises `Damaged`.
+- Driver exceptions never leave an adapter: callers see `Unavailable`, `OutcomeUnknown`, `UsageError`, `Damaged`.
+
+The suite `unlost.testing.check_broker` holds every adapter to this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
+
+from unlost.events import Envelope
+from unlost.events.topic import Arrival, Topic, TopicInfo, Unit
+
+Survives = Literal["process death", "power loss of one machine", "power loss of all machines"]
+SURVIVES_ORDER: tuple[Survives, ...] = (
+    "process death",
+    "power loss of one machine",
+    "power loss of all machines",
+)
+
+
+class Abilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What this broker can do beyond the port's minimum. The conformance suite and start-up checks read it."""
+
+    name: str
+    survives: Survives  # what an accepted event survives
+    ordered: bool  # one order per key
+    replayable: bool  # the log can be read again from any position
+    delayed: bool  # can hold an event back until a time
+    atomic_batches: bool  # publish_all is all or nothing
+    commits_with_store: bool  # publishing and settling can be one commit
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """Proof that an event is durable: where it stands in the log."""
+
+    id: str
+    topic: str
+    partition: int
+    position: int
+    recorded: int  # microseconds since 1970
+
+
+class Assigned(NamedTuple):
+    """These units are this member's now. Nothing arrives before `seek`."""
+
+    units: Sequence[Unit]
+
+
+class Revoked(NamedTuple):
+    """Finish or drop what is in hand of these units, save, then `release` them. Until then they stay ours."""
+
+    units: Sequence[Unit]
+
+
+class Lost(NamedTuple):
+    """These units are somebody else's already. Never save anything for them."""
+
+    units: Sequence[Unit]
+
+
+class Arrivals(NamedTuple):
+    unit: Unit
+    events: Sequence[Arrival]
+
+
+Change = Assigned | Revoked | Lost | Arrivals
+
+
+class Member(Protocol):
+    """One process' part in a service."""
+
+    async def receive(self) -> Sequence[Change]:
+        """Waits for something to happen. Only one call at a time."""
+
+    def seek(self, unit: Unit, position: int) -> None:
+        """The next event of this unit to arrive is the one at `position`."""
+
+    def pause(self, unit: Unit) -> None:
+        """No more arrivals of this unit until `resume`; membership goes on."""
+
+    def resume(self, unit: Unit) -> None: ...
+
+    async def ack(self, unit: Unit, position: int, note: str) -> None:
+        """Makes progress durable where the broker keeps it. Never called when `commits_with_store`."""
+
+    async def release(self, units: Sequence[Unit]) -> None:
+        """Gives units back; another member may have them at once."""
+
+    async def close(self) -> None:
+        """Leaves the group. What was not released is taken over by others as after a crash."""
+
+
+class Broker(Protocol):
+    abilities: Abilities
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def declare(self, topics: Sequence[Topic]) -> Sequence[TopicInfo]:
+        """Creates missing topics.
+
+        Raises:
+            UsageError: a topic exists with another number of partitions; nothing is changed.
+        """
+
+    async def publish(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
+        """Appends events durably and returns where they stand, in the order given.
+
+        **Guarantee** when it returns, every event survives what `abilities.survives` says.
+        **After a crash** before the return the events may be in the log or not; publishing again is safe.
+
+        Raises:
+            Unavailable: surely nothing was accepted. OutcomeUnknown: nobody can say.
+        """
+
+    async def join(self, service: str, topics: Sequence[str]) -> Member:
+        """Takes part in a service, sharing its partitions with the other members."""
+
+    async def topics(self) -> Sequence[TopicInfo]: ...
+
+    async def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
+        """Events from `start` on, without taking part in anything. Only where `replayable`."""

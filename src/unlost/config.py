@@ -1,0 +1,108 @@
+"""Settings: flag > argument in code > environment > `[tool.unlost]` in pyproject.toml > default."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from unlost.errors import UsageError
+
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
+SETTINGS = {
+    "app": "where the App is: module:attribute, or a module that has one App",
+    "broker": "URL of the broker",
+    "store": "URL of the store, or empty: the broker's own file",
+    "log": "log level: debug, info, warning, error",
+    "http": "address for health and metrics, or empty: none",
+}
+
+
+def duration(value: str | float | timedelta) -> float:
+    """Seconds. In Python a number (seconds) or a timedelta; text such as "200ms", "5m", "30d" from outside.
+
+    Raises:
+        UsageError: the text is no duration.
+
+    Example:
+        >>> duration("200ms"), duration("5m")
+        (0.2, 300.0)
+    """
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.lower())
+        if match is None or (match[2] and match[2] not in _UNITS):
+            raise UsageError(
+                "UL1150", "a duration is a number with a unit", found=repr(value), fix='write "200ms", "30s", "5m", "12h", "30d"'
+            )
+        return float(match[1]) * _UNITS[match[2] or "s"]
+    return float(value)
+
+
+class Setting(NamedTuple):
+    value: str
+    source: str  # what people are told: "environment UNLOST_BROKER"
+
+
+def project_folder(start: Path | None = None) -> Path | None:
+    """The folder of the nearest pyproject.toml, from `start` (the current folder) upwards."""
+    folder = (start or Path.cwd()).resolve()
+    for candidate in (folder, *folder.parents):
+        if (candidate / "pyproject.toml").is_file():
+            return candidate
+    return None
+
+
+def default_path() -> Path:
+    """`.unlost/events.db` beside the nearest pyproject.toml: two folders of one project share one broker."""
+    return (project_folder() or Path.cwd().resolve()) / ".unlost" / "events.db"
+
+
+def setting(name: str, *, flag: str | None = None, code: str | None = None) -> Setting:
+    """One setting with where it came from.
+
+    Raises:
+        UsageError: pyproject.toml or a file named by `UNLOST_..._FILE` cannot be read.
+    """
+    if flag is not None:
+        return Setting(flag, f"flag --{name}")
+    if code is not None:
+        return Setting(code, "code")
+    variable = f"UNLOST_{name.upper()}"
+    value = os.environ.get(variable)
+    if value:
+        return Setting(value, f"environment {variable}")
+    file = os.environ.get(f"{variable}_FILE")
+    if file:
+        try:
+            return Setting(Path(file).read_text().strip(), f"environment {variable}_FILE")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UsageError("UL1151", f"{variable}_FILE names a file that cannot be read", found=str(e)) from e
+    found = _from_pyproject().get(name)
+    if found is not None:
+        return Setting(str(found), "pyproject.toml [tool.unlost]")
+    if name == "broker":
+        return Setting(f"embedded://{default_path()}", "default")
+    return Setting("info" if name == "log" else "", "default")
+
+
+def _from_pyproject() -> dict[str, object]:
+    folder = project_folder()
+    if folder is None:
+        return {}
+    try:
+        table = tomllib.loads((folder / "pyproject.toml").read_text()).get("tool", {}).get("unlost", {})
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UsageError("UL1152", f"{folder / 'pyproject.toml'} cannot be read", found=str(e), fix="correct it") from e
+    unknown = set(table) - set(SETTINGS)
+    if unknown:
+        raise UsageError(
+            "UL1153", f"[tool.unlost] in {folder / 'pyproject.toml'} knows {', '.join(SETTINGS)}",
+            found=", ".join(sorted(unknown)),
+        )  # fmt: skip
+    return dict(table)

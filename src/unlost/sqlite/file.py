@@ -1,0 +1,445 @@
+"""One SQLite file: opened with care, written by one thread in groups, watched by a doorbell.
+
+**Guarantee** an operation is reported as done only after the commit that holds it has been fsynced
+(WAL, `synchronous=FULL`) and the marks file says so. Many operations share one fsync.
+**After a crash** either the whole commit is there or none of it; nobody was told of one that is not.
+
+Why apsw and a private file: two SQLite libraries on one file in one process undo each other's locks and can
+unlink a live WAL (sqlite.org/howtocorrupt.html §2.2.1), and the library must be 3.51.3 or newer (WAL-reset bug).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import fcntl
+import os
+import queue
+import socket
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from unlost.errors import Damaged, OutcomeUnknown, Unavailable, UnlostError, UsageError
+from unlost.sqlite import guards, process
+from unlost.sqlite.bell import Bell
+from unlost.sqlite.marks import Marks, read_marks
+from unlost.sqlite.schema import APPLICATION_ID, FORMAT, TABLES
+from unlost.sqlite.transaction import Transaction
+from unlost.sqlite.turn import Block, Guard, Turn
+from unlost.world import REAL, World, boot_id, new_id
+
+T = TypeVar("T")
+
+GROUP_MAX = 4096  # operations in one commit
+OPEN_SECONDS_MAX = 10.0  # how long opening waits for another process that holds the write lock
+BUSY_MS = 5000
+_HOUSEKEEPING_SECONDS = 1.0
+_STOP = object()
+_FATAL = (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.BusyError)
+
+_open_files: weakref.WeakSet[File] = weakref.WeakSet()
+
+
+class _Operation:
+    __slots__ = ("error", "future", "loop", "result", "work")
+
+    def __init__(
+        self,
+        work: Callable[[Transaction], Any],
+        future: asyncio.Future[Any] | concurrent.futures.Future[Any],
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.work = work
+        self.future = future
+        self.loop = loop
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class File:
+    """An open file. All writing goes through `write`, all reading through `read`."""
+
+    def __init__(self, path: Path, *, world: World = REAL, vfs: str = "") -> None:
+        """Opens the file, or makes it.
+
+        Raises:
+            UsageError: not a file of unlost, or one of a newer release; a network file system; no rights.
+            Damaged: the file is damaged, or holds less than what was acknowledged.
+            Unavailable: another program holds it locked.
+        """
+        self.path = guards.check_place(path)
+        self.world = world
+        self.vfs = vfs
+        self.run_folder = self.path.parent / "run"
+        self.marks_path = self.path.with_suffix(".marks")
+        self.process_id = new_id()
+        self.store_id = ""
+        self.created = False
+        self.broken: UnlostError | None = None
+        self.on_broken: Callable[[UnlostError], None] | None = None
+        self._pid = os.getpid()
+        self._listeners: set[Callable[[], None]] = set()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._read_lock = threading.RLock()
+        self._closed = False
+        self._guard = Guard()
+        self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_fd = guards.open_lock(self.path.with_suffix(".lock"))
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+        guards.protect(self.path)
+        self._bell = Bell(self.path, self.process_id)
+        self._thread = threading.Thread(target=self._write_loop, name="unlost-writer", daemon=True)
+        self._thread.start()
+        _open_files.add(self)
+
+    # --- opening -----------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        guards.lock_within(self._lock_fd, OPEN_SECONDS_MAX, self.path)
+        try:
+            marks = read_marks(self.marks_path)
+            self.created = guards.make_file(self.path, marks)
+            with guards.explained(self.path):
+                self._writer = self._connect()
+                self._writer.authorizer = self._guard
+                self._reader = self._connect()
+                self._tx = Transaction(self._writer, self.world)
+                self._prepare()
+                guards.check_marks(self.path, marks, self.store_id, self._commits)
+                guards.check_tail(self.path, self._writer, thorough=self._died())
+                self._register()
+        finally:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+
+    def _connect(self) -> apsw.Connection:
+        flags = apsw.SQLITE_OPEN_READWRITE
+        connection = apsw.Connection(str(self.path), flags=flags, vfs=self.vfs or None)
+        connection.set_busy_timeout(BUSY_MS)
+        wanted = {"journal_mode": "wal", "synchronous": 2, "mmap_size": 0, "cell_size_check": 1}
+        if guards.DARWIN:
+            wanted |= {"fullfsync": 1, "checkpoint_fullfsync": 1}
+        for name, value in wanted.items():
+            connection.pragma(name, value)
+            if connection.pragma(name) not in (value, None):
+                raise UsageError("UL1110", f"SQLite did not take {name}={value}", found=str(connection.pragma(name)))
+        connection.pragma("wal_autocheckpoint", 4000)
+        guards.persist_wal(connection)
+        return connection
+
+    def _prepare(self) -> None:
+        """Checks the format of an old file, or writes the tables of a new one."""
+        application, version = self._writer.pragma("application_id"), self._writer.pragma("user_version")
+        if self.created or (application == 0 and version == 0 and not self._has_tables()):
+            self._writer.execute("begin immediate")
+            self._writer.execute(TABLES)
+            self._writer.execute("insert into unlost_commit values (0)")
+            self._writer.execute(
+                "insert into unlost_meta values ('store_id', ?), ('created', ?)", (new_id(), str(self.world.now()))
+            )
+            self._writer.pragma("application_id", APPLICATION_ID)
+            self._writer.pragma("user_version", FORMAT)
+            self._writer.execute("commit")
+        elif application != APPLICATION_ID:
+            raise UsageError(
+                "UL1111", f"{self.path} is a SQLite file, but not one of unlost",
+                fix="choose another path; your own tables go into the file that unlost makes",
+            )  # fmt: skip
+        elif version > FORMAT:
+            raise UsageError(
+                "UL1112", f"{self.path} was written by a newer release of unlost",
+                found=f"file format {version}, this release reads up to {FORMAT}", fix="pip install -U unlost",
+            )  # fmt: skip
+        self.store_id = self._writer.execute("select value from unlost_meta where name = 'store_id'").fetchone()[0]
+        self._commits: int = self._writer.execute("select n from unlost_commit").fetchone()[0]
+
+    def _has_tables(self) -> bool:
+        return bool(self._writer.execute("select count(*) from sqlite_schema").fetchone()[0])
+
+    def _died(self) -> bool:
+        """Whether a process that had this file open ended without closing it."""
+        known = self._writer.execute("select id from unlost_process").fetchall()
+        return any(not process.examine(self.run_folder, row[0]).alive for row in known)
+
+    def _register(self) -> None:
+        """Takes a place among the processes of this file. Holds the write lock, so no other does so now."""
+        execute = self._writer.execute
+        execute("begin immediate")
+        rows = execute("select id, slot from unlost_process").fetchall()
+        dead = [id for id, _ in rows if not process.examine(self.run_folder, id).alive]
+        execute("delete from unlost_process where id in (%s)" % ",".join("?" * len(dead)), dead)  # noqa: UP031
+        taken = {slot for id, slot in rows if id not in set(dead)}
+        slot = next(n for n in range(len(taken) + 1) if n not in taken)
+        execute(
+            "insert into unlost_process values (?, ?, ?, ?, ?, ?)",
+            (self.process_id, slot, os.getpid(), socket.gethostname(), boot_id(), self.world.now()),
+        )
+        owners = {r[0] for r in execute("select distinct owner from unlost_progress where owner is not null")}
+        process.sweep(self.run_folder, keep=owners)
+        self.process_file = process.ProcessFile(self.run_folder, self.process_id)
+        self._commits += 1
+        execute("update unlost_commit set n = ?", (self._commits,))
+        execute("commit")
+        self._marks = Marks(self.marks_path, self.store_id, slot)
+        self._marks.write(self._commits)
+
+    # --- using -------------------------------------------------------------------------------------------
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """Runs `work` in the next group commit and returns its result when that is durable.
+
+        `work` may raise an `UnlostError` before it has written anything; then only this call fails.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._submit(_Operation(work, future, loop))
+        return await future
+
+    def write_sync(self, work: Callable[[Transaction], T], timeout: float | None = 60.0) -> T:
+        """The same for a thread without an event loop."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._submit(_Operation(work, future, None))
+        return future.result(timeout)
+
+    def submit_block(self, block: Block) -> None:
+        self._submit(block)
+
+    def read(self, work: Callable[[apsw.Connection], T]) -> T:
+        """Runs `work` on a consistent snapshot. Keep it short: a long reader keeps the WAL from shrinking."""
+        self._check_usable()
+        with self._read_lock, guards.explained(self.path):
+            self._reader.execute("begin")
+            try:
+                return work(self._reader)
+            finally:
+                self._reader.execute("commit")
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """`listener` is called, from any thread, after a commit of this process that added events."""
+        self._listeners.add(listener)
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        self._listeners.discard(listener)
+
+    @property
+    def bell(self) -> Bell:
+        return self._bell
+
+    def close(self) -> None:
+        """Finishes what is queued and leaves. Harmless when called twice."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        self._queue.put(_STOP)
+        self._thread.join()
+        if self.broken is None:
+            self.process_file.close()
+        self._bell.close()
+        self._marks.close()
+        with self._read_lock:
+            self._reader.close()
+        self._writer.close()
+        os.close(self._lock_fd)
+        guards.unprotect(self.path)
+        _open_files.discard(self)
+
+    def _submit(self, item: _Operation | Block) -> None:
+        self._check_usable()
+        self._queue.put(item)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "UL1113", "this file was opened before a fork and cannot be used after it",
+                fix="create the App in the child process (use the spawn or forkserver start method)",
+            )  # fmt: skip
+        if self._closed:
+            raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
+        if self.broken is not None:
+            raise self.broken
+
+    # --- the writer thread -------------------------------------------------------------------------------
+
+    def _write_loop(self) -> None:
+        stop = False
+        while not stop:
+            try:
+                group = [self._queue.get(timeout=_HOUSEKEEPING_SECONDS)]
+            except queue.Empty:
+                group = []
+            try:
+                while len(group) < GROUP_MAX:
+                    group.append(self._queue.get_nowait())
+            except queue.Empty:
+                pass
+            stop = any(item is _STOP for item in group)
+            group = [item for item in group if item is not _STOP]
+            if group:
+                self._commit(group)
+            self._keep_house()
+
+    def _keep_house(self) -> None:
+        now = REAL.monotonic()
+        if now - getattr(self, "_kept", 0.0) >= _HOUSEKEEPING_SECONDS:
+            self._kept = now
+            self.process_file.beat()
+            self._marks.sync()
+
+    def _commit(self, group: list[Any]) -> None:
+        """One group: lock, begin, every operation, commit, mark, unlock, and only then tell everybody."""
+        tx, error = self._tx, None
+        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        committing = False
+        try:
+            if self.broken is not None:
+                raise self.broken
+            self._writer.execute("begin immediate")
+            tx.begin()
+            for part in _parts(group):
+                if isinstance(part[0], Block):
+                    Turn(part, tx, self._guard).run()
+                else:
+                    self._run_operations(part)
+            tx.flush()
+            self._commits = tx.one("update unlost_commit set n = n + 1 returning n")[0]
+            committing = True
+            self._writer.execute("commit")
+            self._marks.write(self._commits)
+        except BaseException as e:
+            error = self._failed(e, committing)
+        finally:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        appended = bool(tx.appended) and error is None
+        _tell(group, error)
+        if error is None:
+            for listener in tuple(self._listeners) if appended else ():
+                listener()
+            self._bell.ring()
+
+    def _run_operations(self, part: Sequence[_Operation]) -> None:
+        """Runs them under one savepoint; if one of them fails half-way, each again under its own."""
+        tx = self._tx
+        saved = tx.savepoint()
+        try:
+            for op in part:
+                self._run_one(op)
+            tx.release()
+            return
+        except _FATAL:
+            raise
+        except Exception:
+            tx.rollback_to(saved)
+        for op in part:
+            saved = tx.savepoint()
+            op.error = None
+            try:
+                op.result = op.work(tx)
+                tx.release()
+            except _FATAL:
+                raise
+            except Exception as e:
+                op.error = e
+                tx.rollback_to(saved)
+
+    def _run_one(self, op: _Operation) -> None:
+        before = self._tx.changes()
+        try:
+            op.result = op.work(self._tx)
+        except UnlostError as e:
+            if self._tx.changes() != before:
+                raise
+            op.error = e  # refused before it wrote anything: the others go on
+
+    def _failed(self, e: BaseException, committing: bool) -> BaseException:
+        """Rolls back and sorts the error: what may the callers believe?"""
+        self._tx.forget()
+        try:
+            if self._writer.in_transaction:
+                self._writer.execute("rollback")
+        except apsw.Error:
+            committing = True  # not even a rollback: nobody knows
+        if isinstance(e, apsw.FullError):
+            return Unavailable(
+                "UL2001", "the disk is full; nothing was accepted", found=str(self.path.parent),
+                fix="free some space; unlost goes on by itself",
+            )  # fmt: skip
+        if isinstance(e, apsw.BusyError):
+            return Unavailable(
+                "UL2002", f"another program holds {self.path} locked", fix="close it (a database browser, a backup?)"
+            )
+        if isinstance(e, (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError)):
+            kind = OutcomeUnknown if committing else Unavailable
+            if isinstance(e, (apsw.CorruptError, apsw.NotADBError)):
+                kind = Damaged
+            self.broken = kind(
+                "UL2003", f"the disk failed under {self.path}; this process must stop and start again",
+                found=f"{type(e).__name__}: {e}", fix="check the disk, then restart; what was acknowledged is checked then",
+            )  # fmt: skip
+            if self.on_broken is not None:
+                self.on_broken(self.broken)
+            return self.broken
+        return e
+
+
+def _parts(group: list[Any]) -> list[list[Any]]:
+    """Splits a group into runs of operations and runs of blocks, keeping the order."""
+    parts: list[list[Any]] = []
+    for item in group:
+        if parts and isinstance(parts[-1][0], Block) is isinstance(item, Block):
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return parts
+
+
+def _tell(group: list[Any], error: BaseException | None) -> None:
+    """Resolves every operation of a finished commit; one thread hop per event loop, not per operation."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
+    for item in group:
+        if isinstance(item, Block):
+            if item.state == "waiting":
+                item.state = "withdrawn"
+                item.wake(error or Unavailable("UL2004", "the commit of this block did not happen"))
+            elif item.state == "finished":
+                item.committed(error)
+            continue
+        if error is not None:
+            item.error = error
+        if item.loop is not None:
+            by_loop.setdefault(item.loop, []).append(item)
+        elif item.error is not None:
+            item.future.set_exception(item.error)
+        else:
+            item.future.set_result(item.result)
+    for loop, items in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, items)
+        except RuntimeError:
+            continue  # that loop is closed: nobody waits any more
+
+
+def _resolve(items: list[_Operation]) -> None:
+    for op in items:
+        if op.future.done():
+            continue  # its caller was cancelled
+        if op.error is not None:
+            op.future.set_exception(op.error)
+        else:
+            op.future.set_result(op.result)
+
+
+def _after_fork() -> None:
+    for file in tuple(_open_files):
+        file.process_file.forget_child()
+        os.close(file._lock_fd)
+
+
+os.register_at_fork(after_in_child=_after_fork)

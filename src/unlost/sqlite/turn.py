@@ -1,0 +1,204 @@
+"""`ctx.transaction()` on the embedded file: the user's block runs inside the writer's open commit.
+
+The writer thread opens a commit, then lends the connection to the waiting blocks, one after another, each inside
+a savepoint. The block that ends wakes the next one itself, so a group of blocks costs two thread hops, not two each.
+Meanwhile the writer watches the clock: a block that holds the file longer than its deadline is rolled back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import apsw
+
+from unlost.errors import UnlostError, UsageError
+from unlost.sqlite.transaction import Transaction
+from unlost.world import REAL
+
+_WATCH_SECONDS = 0.02
+
+
+class BlockExpired(UnlostError):
+    """The block held the file longer than its deadline; everything in it was rolled back."""
+
+
+class Block:
+    """One transaction block of a handler.
+
+    `wake(error)` is called, from any thread, when the block may begin (None) or cannot.
+    `committed(error)` is called from the writer thread when the commit is durable (None) or has failed.
+    """
+
+    def __init__(
+        self,
+        wake: Callable[[BaseException | None], None],
+        committed: Callable[[BaseException | None], None],
+        deadline_seconds: float,
+    ) -> None:
+        self.wake = wake
+        self.committed = committed
+        self.deadline_seconds = deadline_seconds
+        self.state = "waiting"  # waiting, open, finished, aborted, expired, withdrawn
+        self.turn: Turn | None = None
+        self.opened = 0.0
+        self.saved: dict[int, tuple[int, int]] = {}
+
+    def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        """Runs a statement of the user and returns its rows."""
+        turn = self._open_turn()
+        with turn.lock:
+            self._check()
+            turn.guard.user_code = True
+            try:
+                return turn.tx.connection.execute(sql, bindings).fetchall()
+            except apsw.InterruptError as e:
+                raise self._expired() from e
+            except apsw.AuthError as e:
+                raise UsageError(
+                    "UL1203",
+                    "a transaction block may use its own tables only",
+                    found=f"{sql.strip()[:200]}",
+                    fix="leave the tables that start with unlost_, transactions, PRAGMA and ATTACH to unlost",
+                ) from e
+            finally:
+                turn.guard.user_code = False
+
+    def run(self, work: Callable[[Transaction], Any]) -> Any:
+        """Runs our own statements inside the block."""
+        turn = self._open_turn()
+        with turn.lock:
+            self._check()
+            return work(turn.tx)
+
+    def finish(self, work: Callable[[Transaction], Any]) -> None:
+        """Adds our own part (settlement) and closes the block; the commit follows."""
+        turn = self._open_turn()
+        with turn.lock:
+            self._check()
+            try:
+                work(turn.tx)
+                turn.tx.release()
+            except BaseException:
+                self.abort()
+                raise
+            self.state = "finished"
+            turn.next()
+
+    def abort(self) -> None:
+        """Rolls the block back. Harmless when it is no longer open."""
+        turn = self.turn
+        if turn is None:
+            if self.state == "waiting":
+                self.state = "withdrawn"
+            return
+        with turn.lock:
+            if self.state == "waiting":
+                self.state = "withdrawn"
+            elif self.state == "open":
+                self.state = "aborted"
+                turn.tx.rollback_to(self.saved)
+                turn.next()
+
+    def _open_turn(self) -> Turn:
+        if self.turn is None:
+            raise UsageError("UL1204", "this transaction block is not open", fix="use `async with ctx.transaction() as db:`")
+        return self.turn
+
+    def _check(self) -> None:
+        if self.state == "expired":
+            raise self._expired()
+        if self.state != "open":
+            raise UsageError(
+                "UL1204", "this transaction block is over", found=f"its state is {self.state}", fix="use `db` inside the block only"
+            )
+
+    def _expired(self) -> BlockExpired:
+        return BlockExpired(
+            "UL1205",
+            f"a transaction block must end within {self.deadline_seconds:g} s; it was rolled back and will be tried again",
+            fix="do the slow work before the block; inside it, await nothing but db",
+        )
+
+
+class Guard:
+    """Tells the authorizer whose statement is being prepared."""
+
+    user_code = False
+
+    def __call__(self, action: int, one: str | None, two: str | None, _database: str | None, _by: str | None) -> int:
+        if not self.user_code:
+            return apsw.SQLITE_OK
+        if action in (
+            apsw.SQLITE_ATTACH,
+            apsw.SQLITE_DETACH,
+            apsw.SQLITE_PRAGMA,
+            apsw.SQLITE_TRANSACTION,
+            apsw.SQLITE_SAVEPOINT,
+        ):
+            return apsw.SQLITE_DENY
+        if any(name is not None and name.lower().startswith("unlost_") for name in (one, two)):
+            return apsw.SQLITE_DENY
+        return apsw.SQLITE_OK
+
+
+class Turn:
+    """A group of blocks that share one commit."""
+
+    def __init__(self, blocks: Sequence[Block], tx: Transaction, guard: Guard) -> None:
+        self.tx = tx
+        self.guard = guard
+        self.lock = threading.RLock()
+        self._blocks = list(blocks)
+        self._following = 0
+        self._current: Block | None = None
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """In the writer thread: lends the connection to each block; returns when all are over."""
+        for block in self._blocks:
+            block.turn = self
+        self.next()
+        while not self._over.wait(_WATCH_SECONDS):
+            block = self._current
+            if block is not None and REAL.monotonic() - block.opened > block.deadline_seconds:
+                self._expire(block)
+
+    def next(self) -> None:
+        with self.lock:
+            self._current = None
+            while self._following < len(self._blocks):
+                block = self._blocks[self._following]
+                self._following += 1
+                if block.state != "waiting":
+                    continue
+                block.saved = self.tx.savepoint()
+                block.state = "open"
+                block.opened = REAL.monotonic()
+                self._current = block
+                try:
+                    block.wake(None)
+                    return
+                except RuntimeError:  # its event loop is closed: nobody will ever use this block
+                    block.state = "aborted"
+                    self.tx.rollback_to(block.saved)
+            self._over.set()
+
+    def _expire(self, block: Block) -> None:
+        with contextlib.suppress(apsw.Error):
+            self.tx.connection.interrupt()  # in case it is inside a long statement
+        with self.lock:
+            if block.state == "open":
+                block.state = "expired"
+                self.tx.rollback_to(block.saved)
+                self.next()
+
+    def fail_waiting(self, error: BaseException) -> None:
+        for block in self._blocks:
+            if block.state == "waiting":
+                block.state = "withdrawn"
+                block.wake(error)
+
+

@@ -1,0 +1,146 @@
+"""Progress of one (service, topic, partition): what has an outcome, and from where to go on. Pure.
+
+`position` says where delivery resumes: everything below it has an outcome. `fated` records, on its own, which
+positions really got one. In a correct system `position` is the end of the first run of `fated`; keeping both
+lets the audit name every event that was passed over without an outcome.
+
+Encoding of runs: unsigned LEB128 varints, alternating "gap before the run" and "length of the run".
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+from unlost.errors import Damaged, invariant
+
+
+class Runs:
+    """A set of positions, kept as sorted, disjoint, non-adjacent half-open runs."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in runs:
+            self._starts.append(start)
+            self._ends.append(end)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(zip(self._starts, self._ends, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Runs) and self._starts == other._starts and self._ends == other._ends
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Runs({list(self)})"
+
+    def __len__(self) -> int:
+        """How many positions, not how many runs."""
+        return sum(self._ends) - sum(self._starts)
+
+    def __contains__(self, position: int) -> bool:
+        i = bisect_right(self._starts, position) - 1
+        return i >= 0 and position < self._ends[i]
+
+    def add(self, position: int) -> bool:
+        """Adds one; False if it was in already."""
+        starts, ends = self._starts, self._ends
+        i = bisect_right(starts, position) - 1
+        if i >= 0 and position < ends[i]:
+            return False
+        joins_left = i >= 0 and ends[i] == position
+        joins_right = i + 1 < len(starts) and starts[i + 1] == position + 1
+        if joins_left and joins_right:
+            ends[i] = ends.pop(i + 1)
+            starts.pop(i + 1)
+        elif joins_left:
+            ends[i] = position + 1
+        elif joins_right:
+            starts[i + 1] = position
+        else:
+            starts.insert(i + 1, position)
+            ends.insert(i + 1, position + 1)
+        return True
+
+    def first_gap(self, start: int) -> int:
+        """The first position at or above `start` that is not in."""
+        i = bisect_right(self._starts, start) - 1
+        return self._ends[i] if i >= 0 and start < self._ends[i] else start
+
+    def gaps(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The runs that are not in, within [start, end)."""
+        at = start
+        for run_start, run_end in self:
+            if run_end <= at:
+                continue
+            if run_start >= end:
+                break
+            if run_start > at:
+                yield at, run_start
+            at = run_end
+        if at < end:
+            yield at, end
+
+    def encode(self) -> bytes:
+        out, at = bytearray(), 0
+        for start, end in self:
+            _put(out, start - at)
+            _put(out, end - start)
+            at = end
+        return bytes(out)
+
+    @classmethod
+    def decode(cls, raw: bytes) -> Runs:
+        numbers, value, shift = [], 0, 0
+        for byte in raw:
+            value |= (byte & 0x7F) << shift
+            if byte & 0x80:
+                shift += 7
+            else:
+                numbers.append(value)
+                value = shift = 0
+        if shift or len(numbers) % 2:
+            raise Damaged("UL3010", "a saved progress cannot be read", found=raw[:40].hex(), fix="run: unlost audit")
+        runs = cls()
+        at = 0
+        for gap, length in zip(numbers[::2], numbers[1::2], strict=True):
+            start = at + gap
+            at = start + length
+            runs._starts.append(start)
+            runs._ends.append(at)
+        return runs
+
+
+class Progress:
+    """The saved state of one unit, and the only way to change it."""
+
+    __slots__ = ("counts", "digest", "fated", "position")
+
+    def __init__(self, position: int, fated: Runs, counts: dict[str, int], digest: int) -> None:
+        self.position = position
+        self.fated = fated
+        self.counts = counts
+        self.digest = digest
+
+    def settle(self, position: int, event_hash: int, counted_as: str | None) -> None:
+        """Gives a position its outcome. `counted_as` is None where the ledger lists the event one by one."""
+        invariant(position >= self.position, f"position {position} has an outcome already")
+        invariant(self.fated.add(position), f"position {position} has an outcome already")
+        self.digest ^= event_hash
+        if counted_as is not None:
+            self.count(counted_as, 1)
+        self.position = self.fated.first_gap(self.position)
+
+    def count(self, state: str, change: int) -> None:
+        self.counts[state] = self.counts.get(state, 0) + change
+
+
+def _put(out: bytearray, value: int) -> None:
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)

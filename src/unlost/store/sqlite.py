@@ -1,0 +1,458 @@
+"""The store in the embedded file: outcomes, inbox, waiting room, shelf, ledger, epochs.
+
+Every function that writes takes the open `Transaction`, so that whatever belongs together is one commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from unlost.errors import Fenced, UsageError, invariant
+from unlost.events import Envelope, content_hash, decode_head
+from unlost.events.topic import Arrival, TopicInfo, Unit
+from unlost.sqlite.file import File
+from unlost.sqlite.process import Remains, examine, service_hash
+from unlost.sqlite.schema import POSITION_BITS
+from unlost.sqlite.transaction import Transaction
+from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store.progress import Progress, Runs
+
+_json = msgspec.json
+_decode_counts = msgspec.json.Decoder(dict[str, int]).decode
+_decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
+_decode_attempt_map = msgspec.json.Decoder(dict[int, list[Attempt]]).decode
+
+Publish = Callable[[Transaction, Sequence[Envelope]], object]
+
+
+class SqliteStore:
+    """A store in one SQLite file. `publish` puts a handler's events where its broker takes them from, in the
+    same commit: with the embedded broker that is the log itself."""
+
+    def __init__(self, file: File, publish: Publish) -> None:
+        self.file = file
+        self._publish = publish
+
+    @property
+    def id(self) -> str:
+        return self.file.store_id
+
+    async def open(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+    # --- services and ownership --------------------------------------------------------------------------
+
+    async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
+        text = _json.encode(policy, order="sorted").decode()
+
+        def work(tx: Transaction) -> None:
+            row = tx.one("select policy from unlost_service where name = ?", (service,))
+            if row is None:
+                tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
+            elif row[0] != text:
+                _check_policy(tx, service, _json.decode(row[0]), policy)
+                tx.execute("update unlost_service set policy = ? where name = ?", (text, service))
+            for topic in topics:
+                _pin(tx, service, topic)
+
+        await self.file.write(work)
+
+    async def take(self, units: Sequence[Unit], owner: str) -> Sequence[Taken]:
+        remains: dict[str, Remains] = {}
+
+        def look(process: str) -> Remains:
+            if process not in remains:
+                remains[process] = examine(self.file.run_folder, process)
+            return remains[process]
+
+        def work(tx: Transaction) -> list[Taken]:
+            return [_take(tx, unit, owner, look) for unit in units]
+
+        return await self.file.write(work)
+
+    async def give(self, units: Sequence[tuple[Unit, int]]) -> None:
+        def work(tx: Transaction) -> None:
+            for unit, epoch in units:
+                tx.execute(
+                    "update unlost_progress set owner = null, clean = 1 "
+                    "where service = ? and topic = ? and partition = ? and epoch = ?",
+                    (*unit, epoch),
+                )
+
+        await self.file.write(work)
+
+    # --- settling ----------------------------------------------------------------------------------------
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Unit]:
+        def work(tx: Transaction) -> list[Unit]:
+            fenced = []
+            for settlement in settlements:
+                try:
+                    self.settle_in(tx, settlement)
+                except Fenced:
+                    fenced.append(settlement.unit)
+            return fenced
+
+        return await self.file.write(work)
+
+    def settle_in(self, tx: Transaction, settlement: Settlement) -> None:
+        """Makes outcomes part of an open commit.
+
+        Raises:
+            Fenced: a newer owner has the unit; nothing was written.
+        """
+        unit = settlement.unit
+        progress = _load(tx, unit, settlement.epoch)
+        attempts: dict[int, Sequence[Attempt] | None] = {}
+        for outcome in settlement.outcomes:
+            self._settle_one(tx, unit, progress, outcome, attempts)
+        _save(tx, unit, progress, attempts)
+
+    def _settle_one(
+        self,
+        tx: Transaction,
+        unit: Unit,
+        progress: Progress,
+        o: Outcome,
+        attempts: dict[int, Sequence[Attempt] | None],
+    ) -> None:
+        """The consequence of one outcome, then its place in the books."""
+        position = o.arrival.position
+        if o.state == "attempted":
+            attempts[position] = o.attempts
+            return
+        if not o.waited and position in progress.fated:
+            invariant(False, f"{unit}:{position} is settled twice")
+        if o.inbox is not None and not _enter_inbox(tx, unit.service, o.inbox):
+            _as_repeated(tx, unit.service, o, o.inbox)
+        if o.publishes:
+            self._publish(tx, o.publishes)
+        if o.state == "dead":
+            _shelve(tx, unit, o)
+        elif o.state in ("retrying", "parked"):
+            _wait(tx, unit, o)
+        listed = o.state in ("dead", "retrying", "parked")
+        counted = None if listed else o.state if o.state == "done" else f"skipped:{o.rule}"
+        if o.waited:
+            if o.state not in ("retrying", "parked"):
+                tx.execute(
+                    "delete from unlost_waiting where service = ? and topic = ? and partition = ? and position = ?",
+                    (*unit, position),
+                )
+            if counted is not None:
+                progress.count(counted, 1)
+                tx.execute(
+                    "delete from unlost_ledger where service = ? and topic = ? and partition = ? and position = ?",
+                    (*unit, position),
+                )
+                invariant(tx.connection.changes() == 1, f"{unit}:{position} waited, but the ledger did not list it")
+        else:
+            progress.settle(position, o.event_hash, counted)
+            attempts[position] = None
+        if listed:
+            tx.execute(
+                "insert into unlost_ledger values (?, ?, ?, ?, ?, ?, ?) "
+                "on conflict do update set state = excluded.state, since = excluded.since",
+                (*unit, position, o.state, o.arrival.envelope.id if o.arrival.envelope else "", tx.world.now()),
+            )
+
+    def check_epoch(self, tx: Transaction, unit: Unit, epoch: int) -> None:
+        _load(tx, unit, epoch)
+
+    def has(self, tx: Transaction, service: str, inbox: Inbox) -> bool:
+        """Inside a commit: was this event handled by this service already?"""
+        return (
+            tx.one(
+                "select 1 from unlost_inbox where service = ? and id = ? and source = ?",
+                (service, inbox.id, inbox.source),
+            )
+            is not None
+        )
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
+        wanted = [e.id for e in events]
+        if not wanted:
+            return {}
+        marks = ",".join("?" * len(wanted))
+        sql = f"select source, id, content from unlost_inbox where service = ? and id in ({marks})"
+        rows = self.file.read(lambda c: c.execute(sql, (service, *wanted)).fetchall())
+        return {(source, id): content for source, id, content in rows}
+
+    async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
+        where, bindings = ("key = ?", key) if key is not None else ("position = ? and key is null", position)
+        sql = (
+            "select position, head, key, data, recorded, due, history from unlost_waiting "
+            f"where service = ? and topic = ? and partition = ? and {where} order by position limit ?"
+        )
+        rows = self.file.read(lambda c: c.execute(sql, (*unit, bindings, limit)).fetchall())
+        return [
+            Waiting(
+                arrival=stored_arrival(unit.topic, at, head, key, data, recorded),
+                due=due,
+                attempts=_decode_attempts(history),
+            )
+            for at, head, key, data, recorded, due, history in rows
+        ]
+
+    def requests(self, service: str) -> Sequence[Request]:
+        rows = self.file.read(
+            lambda c: c.execute(
+                "select topic, partition, position, key, request from unlost_shelf "
+                "where service = ? and request is not null order by topic, partition, position",
+                (service,),
+            ).fetchall()
+        )
+        return [Request(Unit(service, t, p), position, key, action) for t, p, position, key, action in rows]
+
+    async def carry_out(self, request: Request, epoch: int) -> bool:
+        return await self.file.write(lambda tx: carry_out(tx, request, epoch))
+
+
+# --- the parts, each inside the caller's commit --------------------------------------------------------------
+
+
+def stored_arrival(
+    topic: str, position: int, head: bytes, key: bytes | None, data: bytes | None, recorded: int
+) -> Arrival:
+    """An arrival from stored columns; bytes that are no event keep their place and say why."""
+    try:
+        return Arrival(position, decode_head(head, topic=topic, key=key, data=data), recorded, head, key, data)
+    except Exception as e:
+        return Arrival(position, None, recorded, head, key, data, str(e))
+
+
+def _check_policy(tx: Transaction, service: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Old and new releases of a service may run side by side, but not with another order policy."""
+    if old["on_dead"] == new["on_dead"]:
+        return
+    running = [
+        row[0]
+        for row in tx.execute("select distinct owner from unlost_progress where service = ? and owner is not null", (service,))
+    ]
+    if running:
+        raise UsageError(
+            "UL1131", f"the service {service!r} is running with on_dead={old['on_dead']!r}",
+            found=f"this release says on_dead={new['on_dead']!r}",
+            fix="stop the old release first: both at once would break the order of keys",
+        )  # fmt: skip
+
+
+def _pin(tx: Transaction, service: str, topic: TopicInfo) -> None:
+    """A service's start on a topic is decided once, when it first sees it: at the log's first event."""
+    rows = tx.execute(
+        "select partition, topic_id from unlost_progress where service = ? and topic = ?", (service, topic.name)
+    ).fetchall()
+    if rows:
+        if any(topic_id != topic.id for _, topic_id in rows) or len(rows) != topic.partitions:
+            raise UsageError(
+                "UL1130", f"the topic {topic.name!r} is not the one that {service!r} has its positions on",
+                found=f"id {topic.id} with {topic.partitions} partitions; "
+                f"saved are {len(rows)} partitions of id {rows[0][1]}",
+                fix="it was deleted and made again, or given other partitions: bring the old one back, or rename the service",
+            )  # fmt: skip
+        return
+    for partition, (start, _) in enumerate(topic.ranges):
+        tx.execute(
+            "insert into unlost_progress (service, topic, partition, topic_id, start, position, fated, counts, digest) "
+            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (service, topic.name, partition, topic.id, start, start, b"", "{}", 0),
+        )
+
+
+def _load(tx: Transaction, unit: Unit, epoch: int) -> Progress:
+    row = tx.one(
+        "select epoch, position, fated, counts, digest from unlost_progress "
+        "where service = ? and topic = ? and partition = ?",
+        unit,
+    )
+    if row is None or row[0] != epoch:
+        raise Fenced(
+            "UL2101", f"{unit} has another owner now", found=f"epoch {row[0] if row else '-'}, ours was {epoch}"
+        )
+    return Progress(row[1], Runs.decode(row[2]), _decode_counts(row[3]), row[4])
+
+
+def _save(
+    tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Sequence[Attempt] | None]
+) -> None:
+    attempts = None
+    if changed:
+        stored = tx.one(
+            "select attempts from unlost_progress where service = ? and topic = ? and partition = ?", unit
+        )[0]
+        if stored != "{}" or any(changed.values()):
+            kept: dict[int, Sequence[Attempt]] = dict(_decode_attempt_map(stored))
+            for position, history in changed.items():
+                if history:
+                    kept[position] = history
+                else:
+                    kept.pop(position, None)
+            attempts = _json.encode(kept).decode()
+    tx.execute(
+        "update unlost_progress set position = ?, fated = ?, counts = ?, digest = ?, attempts = coalesce(?, attempts) "
+        "where service = ? and topic = ? and partition = ?",
+        (progress.position, progress.fated.encode(), _json.encode(progress.counts).decode(), progress.digest, attempts, *unit),
+    )
+
+
+def _enter_inbox(tx: Transaction, service: str, inbox: Inbox) -> bool:
+    """False if the event was handled before."""
+    tx.execute(
+        "insert into unlost_inbox values (?, ?, ?, ?) on conflict do nothing",
+        (service, inbox.id, inbox.source, inbox.content),
+    )
+    return tx.connection.changes() == 1
+
+
+def _as_repeated(tx: Transaction, service: str, o: Outcome, inbox: Inbox) -> None:
+    """The id was handled before: a duplicate, or (never to be dropped) another event under a used id."""
+    (content,) = tx.one(
+        "select content from unlost_inbox where service = ? and id = ? and source = ?",
+        (service, inbox.id, inbox.source),
+    )
+    o.inbox, o.publishes = None, ()
+    if content == inbox.content:
+        o.state, o.rule = "skipped", "duplicate"
+    else:
+        o.state, o.death = "dead", id_reused("", inbox)
+
+
+def id_reused(handler: str, inbox: Inbox) -> Death:
+    return Death(
+        handler=handler, reason="id_reused", error_type="IdReused", parks=False,
+        error=f"another event with the id {inbox.id!r} of {inbox.source!r} was handled before; this one differs from it",
+    )  # fmt: skip
+
+
+def _wait(tx: Transaction, unit: Unit, o: Outcome) -> None:
+    a = o.arrival
+    tx.execute(
+        "insert into unlost_waiting values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+        "on conflict do update set due = excluded.due, attempt = excluded.attempt, history = excluded.history",
+        (*unit, a.position, a.key, o.due, len(o.attempts), _json.encode(o.attempts).decode(), a.head, a.data, a.recorded),
+    )
+
+
+def _shelve(tx: Transaction, unit: Unit, o: Outcome) -> None:
+    a, death = o.arrival, o.death
+    invariant(death is not None, "a dead letter has a reason")
+    assert death is not None
+    e = a.envelope
+    tx.execute(
+        "insert into unlost_shelf (service, topic, partition, position, handler, id, source, type, key, trace, reason, "
+        "error_type, error, stack, attempts, parks, died, head, data, recorded) "
+        "values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *unit, a.position, death.handler,
+            e.id if e else "", e.source if e else "", e.type if e else "", a.key, e.traceparent if e else None,
+            death.reason, death.error_type, death.error, death.stack, _json.encode(o.attempts).decode(),
+            death.parks, tx.world.now(), a.head, a.data, a.recorded,
+        ),
+    )  # fmt: skip
+
+
+def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains]) -> Taken:
+    row = tx.one(
+        "select epoch, owner, clean, position, fated, attempts, topic_id from unlost_progress "
+        "where service = ? and topic = ? and partition = ?",
+        unit,
+    )
+    invariant(row is not None, f"{unit} was registered before it was taken")
+    epoch, before, clean, position, fated, attempts, topic_id = row
+    topic = tx.topic(unit.topic)
+    if topic.id != topic_id:
+        raise UsageError(
+            "UL1130", f"the topic {unit.topic!r} is not the one that {unit.service!r} has its positions on",
+            found=f"id {topic.id}, saved is {topic_id}", fix="bring the old one back, or rename the service",
+        )  # fmt: skip
+    epoch += 1
+    unclean = not clean and before is not None
+    suspects: dict[int, int] = {}
+    if unclean:
+        number = topic.first_number + unit.partition
+        for (service, at), alone in look(before).running.items():
+            if service == service_hash(unit.service) and at >> POSITION_BITS == number:
+                suspects[at - (number << POSITION_BITS)] = int(alone)
+    done = Runs.decode(fated)
+    history = _decode_attempt_map(attempts)
+    suspects = {p: n for p, n in suspects.items() if p not in done and p >= position}
+    for suspect, alone in suspects.items():
+        if alone:  # the attempt is written before the event is delivered again
+            past = history.setdefault(suspect, [])
+            past.append(Attempt(len(past) + 1, tx.world.now(), "its process was killed while only this event was handled"))
+    tx.execute(
+        "update unlost_progress set epoch = ?, owner = ?, clean = 0, attempts = ? "
+        "where service = ? and topic = ? and partition = ?",
+        (epoch, owner, _json.encode(history).decode(), *unit),
+    )
+    pid = tx.one("select pid from unlost_process where id = ?", (owner,))
+    tx.execute(
+        "insert into unlost_epoch values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*unit, epoch, owner, pid[0] if pid else 0, tx.world.now(), position, unclean),
+    )
+    waiting, keyless = _waiting_keys(tx, unit)
+    return Taken(
+        unit=unit, epoch=epoch, position=position, fated=done, attempts=history, suspects=suspects,
+        waiting=waiting, keyless=keyless,
+    )  # fmt: skip
+
+
+def _waiting_keys(tx: Transaction, unit: Unit) -> tuple[dict[bytes, int | None], dict[int, int]]:
+    """Per key the time when its first waiting event is due, None while a dead letter is before it."""
+    waiting: dict[bytes, int | None] = {}
+    keyless: dict[int, int] = {}
+    for key, position, due in tx.execute(
+        "select key, position, due from unlost_waiting where service = ? and topic = ? and partition = ? "
+        "order by position desc",
+        unit,
+    ):
+        if key is None:
+            keyless[position] = due or 0
+        else:
+            waiting[key] = due or 0
+    for (key,) in tx.execute(
+        "select distinct key from unlost_shelf "
+        "where service = ? and topic = ? and partition = ? and parks = 1 and key is not null",
+        unit,
+    ):
+        waiting[key] = None
+    return waiting, keyless
+
+
+def carry_out(tx: Transaction, request: Request, epoch: int) -> bool:
+    """Redrive or discard one dead letter, as the owner of its unit."""
+    unit = request.unit
+    _load(tx, unit, epoch)
+    row = tx.one(
+        "select number, key, head, data, recorded, request, operation from unlost_shelf "
+        "where service = ? and topic = ? and partition = ? and position = ?",
+        (*unit, request.position),
+    )
+    if row is None or row[5] != request.action:
+        return False
+    number, key, head, data, recorded, action, operation = row
+    tx.execute("delete from unlost_shelf where number = ?", (number,))
+    if action == "redrive":
+        tx.execute(
+            "insert into unlost_waiting values (?, ?, ?, ?, ?, ?, 0, '[]', ?, ?, ?)",
+            (*unit, request.position, key, tx.world.now(), head, data, recorded),
+        )
+    tx.execute(
+        "update unlost_ledger set state = ?, since = ? where service = ? and topic = ? and partition = ? and position = ?",
+        ("retrying" if action == "redrive" else "removed", tx.world.now(), *unit, request.position),
+    )
+    invariant(tx.connection.changes() == 1, f"{unit}:{request.position} was on the shelf, but the ledger did not list it")
+    tx.execute("update unlost_operation set carried_out = ? where number = ?", (tx.world.now(), operation))
+    return True
+
+
+def inbox_of(envelope: Envelope) -> Inbox:
+    return Inbox(envelope.id, envelope.source, content_hash(envelope.type, envelope.data))
