@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections.abc import Callable
 from datetime import UTC
 from typing import Any
 
@@ -42,7 +43,7 @@ printable = st.text(
     max_size=30,
 )
 optional = st.none() | printable
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 times = st.datetimes(timezones=st.just(UTC)).map(lambda t: t.isoformat().replace("+00:00", "Z"))
 data = (
     st.none()
@@ -241,6 +242,9 @@ def test_a_tombstone_has_no_data() -> None:
         ({"time": "2026-11-23T14:11:00"}, "UL5002"),
         ({"time": "2026-13-23T14:11:00Z"}, "UL5002"),
         ({"time": "20261123T141100Z"}, "UL5002"),
+        ({"time": "2026-02-30T14:11:00.123456Z"}, "UL5002"),
+        ({"time": "2026-W47-1T14:11:00.123456Z"}, "UL5002"),
+        ({"time": "2026-11-23T14:11:00.12345٣Z"}, "UL5002"),
         ({"time": "0001-01-01T00:00:00+23:59"}, "UL5002"),
         ({"time": 5}, "UL5002"),
         ({"subject": 5}, "UL5002"),
@@ -249,7 +253,7 @@ def test_a_tombstone_has_no_data() -> None:
         ({"x": 1.5}, "UL5001"),
         ({"x": {}}, "UL5001"),
         ({"x": 2**40}, "UL5002"),
-        ({"x": 2**400}, "UL5001"),
+        ({"x": 2**400}, "UL5002"),
         ({"unlostversion": 0}, "UL5002"),
         ({"unlostversion": True}, "UL5002"),
         ({"unlostversion": 2**31}, "UL5002"),
@@ -262,10 +266,11 @@ def test_a_tombstone_has_no_data() -> None:
 )
 def test_wrong_attributes(said: dict[str, Any], code: str) -> None:
     raw = json.dumps(MINIMAL | said).encode()
-    for reader in (
+    readers: list[Callable[[], Envelope]] = [
         lambda: from_json(raw, topic="t"),
         lambda: decode_head(raw, topic="t", key=None, data=None),
-    ):
+    ]
+    for reader in readers:
         with pytest.raises(Undecodable) as caught:
             reader()
         assert caught.value.code == code

@@ -138,8 +138,9 @@ def test_what_is_refused_names_the_way_out() -> None:
     assert "keyy" in refused("UL1004", "A", {"a": str}, keyy="a")
     for version in (0, -1, "2", True, 2**31):
         refused("UL1004", "A", {"a": str}, key="a", version=version)
-    for array_like in ({"array_like": True}, {"frozen": False}, {"kw_only": False}, {"tag": True}):
-        refused("UL1004", "A", {"a": str}, key="a", **array_like)
+    struct: dict[str, Any]
+    for struct in ({"array_like": True}, {"frozen": False}, {"kw_only": False}, {"tag": True}):
+        refused("UL1004", "A", {"a": str}, key="a", **struct)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_events_are_immutable_equal_by_value_and_made_by_name() -> None:
     with pytest.raises(AttributeError):
         a.customer_id = "d"  # type: ignore[misc]
     with pytest.raises(TypeError):
-        BasketFilled("c")  # type: ignore[misc]
+        BasketFilled("c")  # type: ignore[call-arg]
 
 
 def test_fields_may_be_called_as_attributes_of_the_envelope_are() -> None:

@@ -1,0 +1,272 @@
+"""What a handler may do besides computing: publish, and use a transaction. All of it belongs to the delivery."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any, Protocol
+
+from unlost.errors import UsageError
+from unlost.events import Envelope, Event, derived_id, seal
+from unlost.store.port import Block
+
+in_block: ContextVar[bool] = ContextVar("unlost_in_block", default=False)
+
+BLOCK_SECONDS = 0.25
+
+
+class AlreadyHandled(BaseException):
+    """Unwinds a handler whose event turned out to be a duplicate. Not an `Exception`: handlers must not catch it."""
+
+
+class Unit(Protocol):
+    """What the context needs of its delivery (given by the worker)."""
+
+    def open_block(
+        self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
+    ) -> Block: ...
+
+    def enter_block(self, block: Block) -> None: ...
+
+    def finish_block(self, block: Block, publishes: list[Envelope]) -> None: ...
+
+
+class Context:
+    """The envelope of the event in hand, and the delivery's unit of work.
+
+    `publish` is a plain call: the events leave with the handler's success, in the order of the calls, and not at
+    all if it fails. **After a crash** they have left together with the mark that the event is handled, or not at all.
+    """
+
+    def __init__(self, envelope: Envelope, *, service: str, handler: str, attempt: int, now: int, unit: Unit) -> None:
+        self.envelope = envelope
+        self.service = service
+        self.attempt = attempt
+        self._handler = handler
+        self._now = now
+        self._unit = unit
+        self._published: list[Envelope] = []
+        self._closed = ""
+        self.transaction_used: TransactionBlock | None = None
+
+    @property
+    def id(self) -> str:
+        return self.envelope.id
+
+    @property
+    def key(self) -> str | None:
+        """The event's key as text, None if it has none. Bytes that are no UTF-8 are shown with escapes."""
+        key = self.envelope.key
+        return None if key is None else key.decode("utf-8", "backslashreplace")
+
+    @property
+    def occurred_at(self) -> datetime:
+        return self.envelope.occurred_at
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.envelope.headers
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for every attempt of this handler on this event: give it to foreign APIs."""
+        return derived_id(self.envelope, f"{self.service}/{self._handler}", -1)
+
+    def publish(self, event: Event, *, occurred_at: datetime | None = None, headers: Mapping[str, str] | None = None) -> None:
+        """Publishes with the delivery. The id is derived from the event in hand, so a repeat is recognised.
+
+        Raises:
+            UsageError: the event cannot be published, or the delivery is over.
+        """
+        self._check_open("publish")
+        number = len(self._published)
+        id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
+        self._published.append(
+            seal(
+                event, source=self.service, id=id, occurred_at=occurred_at,
+                cause=self.envelope, headers=headers, now=self._now,
+            )
+        )  # fmt: skip
+
+    def transaction(self, session: object = None) -> TransactionBlock:
+        """The final step of a handler: its own rows, its events and the mark "handled" in one commit.
+
+        `async with ctx.transaction() as db:` (in a sync handler `with`); inside, await nothing but `db`. The block
+        must end within 250 ms, else it is rolled back and the event is tried again.
+
+        **Guarantee** when the block has ended, all of it is durable, and the event will not be handled again.
+        **After a crash** before that, none of it happened.
+        """
+        if session is not None:
+            raise UsageError(
+                "UL1220", "a transaction on your own database session is not in this release",
+                fix="use ctx.transaction() without an argument: your tables live in the file of unlost",
+            )  # fmt: skip
+        self._check_open("a transaction")
+        if self.transaction_used is not None:
+            raise UsageError("UL1221", "a delivery has one transaction block", fix="put both parts into one block")
+        self.transaction_used = TransactionBlock(self, self._unit)
+        return self.transaction_used
+
+    def close(self, why: str) -> None:
+        """From now on nothing can be added: a handler that outlives its delivery must not write."""
+        self._closed = why
+
+    @property
+    def published(self) -> list[Envelope]:
+        return self._published
+
+    def _check_open(self, what: str) -> None:
+        if self._closed:
+            raise UsageError("UL1222", f"{what}: this delivery is over", found=self._closed, fix="use ctx inside the handler only")
+
+
+class Db:
+    """The user's tables in the open block, for sync handlers."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        """Runs one statement and returns its rows."""
+        return self._block.execute(sql, bindings)
+
+
+class AsyncDb:
+    """The user's tables in the open block."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+
+    async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        """Runs one statement and returns its rows."""
+        return self._block.execute(sql, bindings)
+
+
+class TransactionBlock:
+    """`ctx.transaction()`. `outcome` is None until the commit was asked for."""
+
+    def __init__(self, ctx: Context, unit: Unit) -> None:
+        self._ctx = ctx
+        self._unit = unit
+        self._block: Block | None = None
+        self._token: Any = None
+        self.finished = False
+        self.error: BaseException | None = None
+        self.durable = threading.Event()
+        self._committed: asyncio.Future[None] | None = None
+
+    # async
+
+    async def __aenter__(self) -> AsyncDb:
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+        self._committed = loop.create_future()
+        block = self._unit.open_block(
+            lambda error: _call(loop, _set, opened, error), lambda error: _call(loop, self._done, error)
+        )
+        self._block = block
+        try:
+            await opened
+            self._unit.enter_block(block)
+        except BaseException:
+            block.abort()
+            raise
+        self._token = in_block.set(True)
+        return AsyncDb(block)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        in_block.reset(self._token)
+        assert self._block is not None
+        if error is not None:
+            self._block.abort()
+            return
+        self._unit.finish_block(self._block, self._ctx.published)
+        self.finished = True
+        self._ctx.close("its transaction has been committed")
+        assert self._committed is not None
+        await asyncio.shield(self._committed)
+
+    # sync, in a handler's thread
+
+    def __enter__(self) -> Db:
+        opened = threading.Event()
+        errors: list[BaseException | None] = []
+
+        def wake(error: BaseException | None) -> None:
+            errors.append(error)
+            opened.set()
+
+        block = self._block = self._unit.open_block(wake, self._done)
+        opened.wait()
+        if errors[0] is not None:
+            raise errors[0]
+        try:
+            self._unit.enter_block(block)
+        except BaseException:
+            block.abort()
+            raise
+        self._token = in_block.set(True)
+        return Db(block)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        in_block.reset(self._token)
+        assert self._block is not None
+        if error is not None:
+            self._block.abort()
+            return
+        self._unit.finish_block(self._block, self._ctx.published)
+        self.finished = True
+        self._ctx.close("its transaction has been committed")
+        self.durable.wait()
+        if self.error is not None:
+            raise self.error
+
+    async def settled(self) -> BaseException | None:
+        """After the handler: waits for the commit that was asked for; None when it is durable."""
+        if self._committed is not None:
+            try:
+                await asyncio.shield(self._committed)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as e:
+                return e
+            return None
+        while not self.durable.is_set():
+            await asyncio.sleep(0.001)
+        return self.error
+
+    def _done(self, error: BaseException | None) -> None:
+        self.error = error
+        self.durable.set()
+        if self._committed is not None:
+            _set(self._committed, error)
+            if error is not None:
+                self._committed.exception()  # seen: the worker asks again
+
+
+def _set(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    loop.call_soon_threadsafe(function, *args)
+
+
+def check_outside_block() -> None:
+    """Publishing from inside a transaction block would wait for the block's own commit for ever."""
+    if in_block.get():
+        raise UsageError(
+            "UL1223", "inside ctx.transaction() only `db` may be awaited", found="app.publish",
+            fix="use ctx.publish(event): it leaves with the transaction",
+        )  # fmt: skip
+
+

@@ -1,0 +1,210 @@
+"""Services and their handlers, as users declare them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, get_args, overload
+
+from unlost.config import duration
+from unlost.delivery.context import Context
+from unlost.delivery.fate import Retry
+from unlost.errors import UsageError
+from unlost.events import Catalog, Event, NamingWarning, check_past_tense
+
+Guarantee = Literal["at-most-once", "at-least-once", "effectively-once"]
+OnDead = Literal["park", "skip"]
+
+A = TypeVar("A", bound=Event)
+B = TypeVar("B", bound=Event)
+C = TypeVar("C", bound=Event)
+Result = None | Awaitable[None]
+Handles = Callable[[A], Result] | Callable[[A, Context], Result]
+F = TypeVar("F", bound=Callable[..., Any])
+
+CONCURRENCY_MAX = 1000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handler:
+    """A function for one or more event types in one service, with its policy. `name` is its stored identity."""
+
+    name: str
+    function: Callable[..., Any]
+    takes_context: bool
+    is_async: bool
+    where: Callable[[Any], bool] | None
+    guarantee: Guarantee
+    on_dead: OnDead
+    deadline: float
+    retry: Retry
+    concurrency: int
+
+
+class Service:
+    """A named group of handlers; its name is the consumer group and part of every stored position.
+
+    What is given here are defaults; `on` may say otherwise for one handler.
+
+    - `guarantee`: `at-least-once` (default) never loses, the handler may see an event twice after a crash;
+      `effectively-once` in addition remembers handled events in the transaction that handles them.
+    - `on_dead`: `park` (default) lets the later events of a key wait behind a dead letter; `skip` lets them go on
+      and gives that key's order up.
+    - `deadline`: seconds (or "30s") for one attempt. `concurrency`: how many keys are handled at a time.
+
+    **Guarantee** events of one key are handled in the order of the log, one at a time.
+    **After a crash** whatever was not settled is delivered again, to any process of the service.
+
+    Example:
+        >>> billing = Service("billing", guarantee="effectively-once", retry=Retry(attempts=3))
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        guarantee: Guarantee = "at-least-once",
+        on_dead: OnDead = "park",
+        deadline: str | float | timedelta = 30.0,
+        retry: Retry | None = None,
+        concurrency: int = 16,
+    ) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(
+                "UL1210", "a service's name has letters, digits, dots, dashes and underscores, 100 at most", found=repr(name)
+            )
+        self.name = name
+        self.guarantee = _checked_guarantee(guarantee)
+        self.on_dead = _checked("on_dead", on_dead, get_args(OnDead))
+        self.deadline = _checked_deadline(deadline)
+        self.retry = retry or Retry()
+        self.concurrency = _checked_concurrency(concurrency)
+        self.catalog = Catalog()
+        self.handlers: dict[str, Handler] = {}  # by wire type
+        self.topics: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Service({self.name!r}, {len(self.handlers)} event types)"
+
+    @overload
+    def on(self, first: type[A], /, **policy: Any) -> Callable[[Handles[A]], Handles[A]]: ...
+    @overload
+    def on(self, first: type[A], second: type[B], /, **policy: Any) -> Callable[[Handles[A | B]], Handles[A | B]]: ...
+    @overload
+    def on(
+        self, first: type[A], second: type[B], third: type[C], /, **policy: Any
+    ) -> Callable[[Handles[A | B | C]], Handles[A | B | C]]: ...
+
+    def on(
+        self,
+        *types: type[Event],
+        where: Callable[[Any], bool] | None = None,
+        guarantee: Guarantee | None = None,
+        on_dead: OnDead | None = None,
+        deadline: str | float | timedelta | None = None,
+        retry: Retry | None = None,
+        concurrency: int | None = None,
+        name: str | None = None,
+    ) -> Callable[[F], F]:
+        """Registers a handler for one event type, or for up to three.
+
+        `where` routes by content: what it turns away is counted as `skipped(where)`.
+
+        Raises:
+            UsageError: no event class; a second handler for a type; a function that does not take
+                (event) or (event, ctx); an unknown guarantee.
+        """
+        if not types or not all(isinstance(t, type) and issubclass(t, Event) for t in types):
+            raise UsageError(
+                "UL1211", "`on` takes event classes", found=", ".join(map(repr, types)) or "nothing", fix="@service.on(OrderPlaced)"
+            )
+
+        def register(function: F) -> F:
+            takes_context = _takes_context(function)
+            handler = Handler(
+                name=name or getattr(function, "__name__", type(function).__name__),
+                function=function,
+                takes_context=takes_context,
+                is_async=inspect.iscoroutinefunction(function)
+                or inspect.iscoroutinefunction(getattr(function, "__call__", None)),  # noqa: B004
+                where=where,
+                guarantee=_checked_guarantee(guarantee or self.guarantee),
+                on_dead=_checked("on_dead", on_dead or self.on_dead, get_args(OnDead)),
+                deadline=self.deadline if deadline is None else _checked_deadline(deadline),
+                retry=retry or self.retry,
+                concurrency=self.concurrency if concurrency is None else _checked_concurrency(concurrency),
+            )
+            for cls in types:
+                self._add(cls, handler)
+            return function
+
+        return register
+
+    def _add(self, cls: type[Event], handler: Handler) -> None:
+        known = self.handlers.get(cls.__unlost__.type)
+        if known is not None:
+            raise UsageError(
+                "UL1212", f"the service {self.name!r} has a handler for {cls.__unlost__.type} already: {known.name}",
+                found=f"a second one: {handler.name}", fix="make another service for it: each service handles an event once",
+            )  # fmt: skip
+        if cls.__unlost__.is_command:
+            raise UsageError(
+                "UL1213", "commands and queues are not in this release", found=cls.__qualname__, fix="publish an event"
+            )
+        self.catalog.add(cls)
+        warning = check_past_tense(cls)
+        if warning is not None:
+            warnings.warn(warning, NamingWarning, stacklevel=4)
+        self.handlers[cls.__unlost__.type] = handler
+        topic = cls.__unlost__.topic
+        assert topic is not None
+        self.topics.add(topic)
+
+
+def _takes_context(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as e:
+        raise UsageError("UL1214", "a handler is a function", found=repr(function)) from e
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    if required or len([p for p in positional if p.default is p.empty]) > 2 or not positional:
+        raise UsageError(
+            "UL1214", "a handler takes the event, and the context if it wants it",
+            found=f"{getattr(function, '__name__', function)}{inspect.signature(function)}",
+            fix="async def handle(order: OrderPlaced, ctx: Context) -> None",
+        )  # fmt: skip
+    return len(positional) > 1
+
+
+def _checked(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise UsageError("UL1215", f"{what} is one of {', '.join(allowed)}", found=repr(value))
+    return value
+
+
+def _checked_guarantee(value: Guarantee) -> Guarantee:
+    _checked("guarantee", value, get_args(Guarantee))
+    if value == "at-most-once":
+        raise UsageError(
+            "UL1216", "at-most-once is not in this release", fix="use at-least-once: it loses nothing and costs little more"
+        )
+    return value
+
+
+def _checked_deadline(value: str | float | timedelta) -> float:
+    seconds = duration(value)
+    if seconds <= 0:
+        raise UsageError("UL1217", "a deadline is longer than nothing", found=repr(value))
+    return seconds
+
+
+def _checked_concurrency(value: int) -> int:
+    if not isinstance(value, int) or not 1 <= value <= CONCURRENCY_MAX:
+        raise UsageError("UL1218", f"concurrency is between 1 and {CONCURRENCY_MAX}", found=repr(value))
+    return value
