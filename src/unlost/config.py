@@ -38,7 +38,10 @@ def duration(value: str | float | timedelta) -> float:
         match = _DURATION.fullmatch(value.lower())
         if match is None or (match[2] and match[2] not in _UNITS):
             raise UsageError(
-                "UL1150", "a duration is a number with a unit", found=repr(value), fix='write "200ms", "30s", "5m", "12h", "30d"'
+                "UL1150",
+                "a duration is a number with a unit",
+                found=repr(value),
+                fix='write "200ms", "30s", "5m", "12h", "30d"',
             )
         return float(match[1]) * _UNITS[match[2] or "s"]
     return float(value)

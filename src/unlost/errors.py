@@ -73,4 +73,8 @@ class Bug(UnlostError):
 def invariant(condition: object, what: str) -> None:
     """Raises `Bug` unless the condition holds; unlike `assert`, also under `python -O`."""
     if not condition:
-        raise Bug("UL9001", f"an invariant does not hold: {what}", fix="please report this; nothing was acknowledged")
+        raise Bug(
+            "UL9001",
+            f"an invariant does not hold: {what}",
+            fix="please report this; nothing was acknowledged",
+        )

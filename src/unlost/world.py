@@ -23,7 +23,7 @@ class World:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.random = random.Random(seed)  # noqa: S311 - jitter, not secrets
+        self.random = random.Random(seed)
 
     def now(self) -> int:
         return time.time_ns() // 1000

@@ -50,6 +50,7 @@ class Context:
         self._unit = unit
         self._published: list[Envelope] = []
         self._closed = ""
+        self._lock = threading.Lock()
         self.transaction_used: TransactionBlock | None = None
 
     @property
@@ -75,7 +76,9 @@ class Context:
         """The same for every attempt of this handler on this event: give it to foreign APIs."""
         return derived_id(self.envelope, f"{self.service}/{self._handler}", -1)
 
-    def publish(self, event: Event, *, occurred_at: datetime | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def publish(
+        self, event: Event, *, occurred_at: datetime | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         """Publishes with the delivery. The id is derived from the event in hand, so a repeat is recognised.
 
         Raises:
@@ -113,7 +116,16 @@ class Context:
 
     def close(self, why: str) -> None:
         """From now on nothing can be added: a handler that outlives its delivery must not write."""
-        self._closed = why
+        with self._lock:
+            self._closed = self._closed or why
+
+    def close_to_commit(self) -> None:
+        """The transaction's own end: whoever comes first, this or the deadline, decides."""
+        with self._lock:
+            self._check_open("the end of the transaction")
+            self._closed = "its transaction has been committed"
+            assert self.transaction_used is not None
+            self.transaction_used.finished = True
 
     @property
     def published(self) -> list[Envelope]:
@@ -121,7 +133,12 @@ class Context:
 
     def _check_open(self, what: str) -> None:
         if self._closed:
-            raise UsageError("UL1222", f"{what}: this delivery is over", found=self._closed, fix="use ctx inside the handler only")
+            raise UsageError(
+                "UL1222",
+                f"{what}: this delivery is over",
+                found=self._closed,
+                fix="use ctx inside the handler only",
+            )
 
 
 class Db:
@@ -184,9 +201,7 @@ class TransactionBlock:
         if error is not None:
             self._block.abort()
             return
-        self._unit.finish_block(self._block, self._ctx.published)
-        self.finished = True
-        self._ctx.close("its transaction has been committed")
+        self._finish(self._block)
         assert self._committed is not None
         await asyncio.shield(self._committed)
 
@@ -218,12 +233,19 @@ class TransactionBlock:
         if error is not None:
             self._block.abort()
             return
-        self._unit.finish_block(self._block, self._ctx.published)
-        self.finished = True
-        self._ctx.close("its transaction has been committed")
+        self._finish(self._block)
         self.durable.wait()
         if self.error is not None:
             raise self.error
+
+    def _finish(self, block: Block) -> None:
+        try:
+            self._ctx.close_to_commit()
+            self._unit.finish_block(block, self._ctx.published)
+        except BaseException as e:
+            block.abort()
+            self._done(e)
+            raise
 
     async def settled(self) -> BaseException | None:
         """After the handler: waits for the commit that was asked for; None when it is durable."""
@@ -268,5 +290,3 @@ def check_outside_block() -> None:
             "UL1223", "inside ctx.transaction() only `db` may be awaited", found="app.publish",
             fix="use ctx.publish(event): it leaves with the transaction",
         )  # fmt: skip
-
-

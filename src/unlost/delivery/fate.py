@@ -21,11 +21,11 @@ STACK_MAX = 8000
 _NEVER_HEALS = (UsageError, NotImplementedError, NameError, ImportError, SyntaxError)
 
 
-class Reject(Exception):  # noqa: N818 - an order, not an error
+class Reject(Exception):
     """Raised by a handler: this event can never be handled. It goes to the shelf at once, with this reason."""
 
 
-class RetryLater(Exception):  # noqa: N818 - an order, not an error
+class RetryLater(Exception):
     """Raised by a handler: not now. The event waits `after` (seconds, timedelta or "5m"); no attempt is spent.
 
     Example:
@@ -66,7 +66,9 @@ class Retry:
     def __post_init__(self) -> None:
         if self.attempts < 1 or duration(self.first) < 0 or self.factor < 1 or not 0 <= self.jitter <= 1:
             raise UsageError(
-                "UL1201", "Retry needs attempts >= 1, first >= 0, factor >= 1, 0 <= jitter <= 1", found=repr(self)
+                "UL1201",
+                "Retry needs attempts >= 1, first >= 0, factor >= 1, 0 <= jitter <= 1",
+                found=repr(self),
             )
 
     def wait_seconds(self, failures: int, chance: float) -> float:

@@ -76,7 +76,9 @@ class Service:
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(
-                "UL1210", "a service's name has letters, digits, dots, dashes and underscores, 100 at most", found=repr(name)
+                "UL1210",
+                "a service's name has letters, digits, dots, dashes and underscores, 100 at most",
+                found=repr(name),
             )
         self.name = name
         self.guarantee = _checked_guarantee(guarantee)
@@ -121,7 +123,10 @@ class Service:
         """
         if not types or not all(isinstance(t, type) and issubclass(t, Event) for t in types):
             raise UsageError(
-                "UL1211", "`on` takes event classes", found=", ".join(map(repr, types)) or "nothing", fix="@service.on(OrderPlaced)"
+                "UL1211",
+                "`on` takes event classes",
+                found=", ".join(map(repr, types)) or "nothing",
+                fix="@service.on(OrderPlaced)",
             )
 
         def register(function: F) -> F:
@@ -152,9 +157,18 @@ class Service:
                 "UL1212", f"the service {self.name!r} has a handler for {cls.__unlost__.type} already: {known.name}",
                 found=f"a second one: {handler.name}", fix="make another service for it: each service handles an event once",
             )  # fmt: skip
+        namesake = next((h for h in self.handlers.values() if h.name == handler.name and h is not handler), None)
+        if namesake is not None:
+            raise UsageError(
+                "UL1219", f"the service {self.name!r} has a handler named {handler.name!r} already",
+                found="a second function of that name", fix='name it: @service.on(OrderPlaced, name="charge-order")',
+            )  # fmt: skip
         if cls.__unlost__.is_command:
             raise UsageError(
-                "UL1213", "commands and queues are not in this release", found=cls.__qualname__, fix="publish an event"
+                "UL1213",
+                "commands and queues are not in this release",
+                found=cls.__qualname__,
+                fix="publish an event",
             )
         self.catalog.add(cls)
         warning = check_past_tense(cls)
@@ -192,7 +206,9 @@ def _checked_guarantee(value: Guarantee) -> Guarantee:
     _checked("guarantee", value, get_args(Guarantee))
     if value == "at-most-once":
         raise UsageError(
-            "UL1216", "at-most-once is not in this release", fix="use at-least-once: it loses nothing and costs little more"
+            "UL1216",
+            "at-most-once is not in this release",
+            fix="use at-least-once: it loses nothing and costs little more",
         )
     return value
 

@@ -85,9 +85,7 @@ def decode_data(envelope: Envelope, cls: type[E]) -> E:
     if data is None:
         raise Undecodable("UL5004", f"{envelope.type} has no data", found=f"event {envelope.id}")
     if len(data) > MAX_EVENT_BYTES:
-        raise Undecodable(
-            "UL5005", f"the data are larger than {MAX_EVENT_BYTES} bytes", found=f"{len(data)} bytes"
-        )
+        raise Undecodable("UL5005", f"the data are larger than {MAX_EVENT_BYTES} bytes", found=f"{len(data)} bytes")
     kind = envelope.datacontenttype
     if kind != "application/json" and not is_json(kind):
         raise Undecodable("UL5006", "the data of an event are JSON", found=f"datacontenttype {kind!r}"[:300])

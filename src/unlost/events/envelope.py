@@ -103,9 +103,7 @@ def seal(
     else:
         trace = ""
         if not (isinstance(id, str) and 0 < len(id) <= MAX_ID and id.isprintable()):
-            raise UsageError(
-                "UL1009", f"an event's id has 1 to {MAX_ID} printable characters", found=repr(id)[:250]
-            )
+            raise UsageError("UL1009", f"an event's id has 1 to {MAX_ID} printable characters", found=repr(id)[:250])
     if not (0 < len(source) <= MAX_ID and source.isprintable()):
         raise UsageError(
             "UL1009", f"an event's source has 1 to {MAX_ID} printable characters", found=repr(source)[:250]
@@ -223,9 +221,7 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     if len(headers) > MAX_HEADERS:
         raise UsageError("UL1011", f"an event has at most {MAX_HEADERS} headers", found=f"{len(headers)}")
     for name, value in headers.items():
-        if not (
-            isinstance(name, str) and isinstance(value, str) and 0 < len(name) <= 200 and name.isprintable()
-        ):
+        if not (isinstance(name, str) and isinstance(value, str) and 0 < len(name) <= 200 and name.isprintable()):
             raise UsageError(
                 "UL1011", "headers are text; a name has 1 to 200 printable characters", found=repr(name)[:250]
             )

@@ -97,9 +97,7 @@ def _resolve(
         )
     version = said["version"]
     if type(version) is not int or not 1 <= version < 2**31:
-        raise UsageError(
-            "UL1004", "version= is a whole number from 1", found=f"class {name}(version={version!r})"
-        )
+        raise UsageError("UL1004", "version= is a whole number from 1", found=f"class {name}(version={version!r})")
     view_of = said["view_of"] or next((base.view_of for base in bases if base.view_of), None)
     if view_of is not None and said["type"] is not None and said["type"] != view_of:
         raise UsageError(
@@ -397,9 +395,7 @@ def key_of(event: Event) -> bytes | None:
             fix="an event is about somebody: give the key a value, or declare topic= and no key",
         )
     if len(key) > MAX_KEY_BYTES:
-        raise UsageError(
-            "UL1006", f"a key has at most {MAX_KEY_BYTES} bytes", found=f"{name} has {len(key)} bytes"
-        )
+        raise UsageError("UL1006", f"a key has at most {MAX_KEY_BYTES} bytes", found=f"{name} has {len(key)} bytes")
     return key
 
 

@@ -40,7 +40,14 @@ OPEN_SECONDS_MAX = 10.0  # how long opening waits for another process that holds
 BUSY_MS = 5000
 _HOUSEKEEPING_SECONDS = 1.0
 _STOP = object()
-_FATAL = (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, apsw.BusyError)
+_FATAL = (
+    apsw.FullError,
+    apsw.IOError,
+    apsw.CorruptError,
+    apsw.NotADBError,
+    apsw.ReadOnlyError,
+    apsw.BusyError,
+)
 
 _open_files: weakref.WeakSet[File] = weakref.WeakSet()
 
@@ -87,7 +94,7 @@ class File:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._read_lock = threading.RLock()
         self._closed = False
-        self._guard = Guard()
+        self.guard = Guard()
         self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_fd = guards.open_lock(self.path.with_suffix(".lock"))
         try:
@@ -110,7 +117,7 @@ class File:
             self.created = guards.make_file(self.path, marks)
             with guards.explained(self.path):
                 self._writer = self._connect()
-                self._writer.authorizer = self._guard
+                self._writer.authorizer = self.guard
                 self._reader = self._connect()
                 self._tx = Transaction(self._writer, self.world)
                 self._prepare()
@@ -143,7 +150,8 @@ class File:
             self._writer.execute(TABLES)
             self._writer.execute("insert into unlost_commit values (0)")
             self._writer.execute(
-                "insert into unlost_meta values ('store_id', ?), ('created', ?)", (new_id(), str(self.world.now()))
+                "insert into unlost_meta values ('store_id', ?), ('created', ?)",
+                (new_id(), str(self.world.now())),
             )
             self._writer.pragma("application_id", APPLICATION_ID)
             self._writer.pragma("user_version", FORMAT)
@@ -297,7 +305,6 @@ class File:
         """One group: lock, begin, every operation, commit, mark, unlock, and only then tell everybody."""
         tx, error = self._tx, None
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        committing = False
         try:
             if self.broken is not None:
                 raise self.broken
@@ -305,16 +312,15 @@ class File:
             tx.begin()
             for part in _parts(group):
                 if isinstance(part[0], Block):
-                    Turn(part, tx, self._guard).run()
+                    Turn(part, tx, self.guard).run()
                 else:
                     self._run_operations(part)
             tx.flush()
             self._commits = tx.one("update unlost_commit set n = n + 1 returning n")[0]
-            committing = True
             self._writer.execute("commit")
             self._marks.write(self._commits)
         except BaseException as e:
-            error = self._failed(e, committing)
+            error = self._failed(e)
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         appended = bool(tx.appended) and error is None
@@ -358,14 +364,14 @@ class File:
                 raise
             op.error = e  # refused before it wrote anything: the others go on
 
-    def _failed(self, e: BaseException, committing: bool) -> BaseException:
+    def _failed(self, e: BaseException) -> BaseException:
         """Rolls back and sorts the error: what may the callers believe?"""
         self._tx.forget()
         try:
             if self._writer.in_transaction:
                 self._writer.execute("rollback")
-        except apsw.Error:
-            committing = True  # not even a rollback: nobody knows
+        except apsw.Error as failed:
+            e = failed  # not even a rollback: nobody knows
         if isinstance(e, apsw.FullError):
             return Unavailable(
                 "UL2001", "the disk is full; nothing was accepted", found=str(self.path.parent),
@@ -373,10 +379,12 @@ class File:
             )  # fmt: skip
         if isinstance(e, apsw.BusyError):
             return Unavailable(
-                "UL2002", f"another program holds {self.path} locked", fix="close it (a database browser, a backup?)"
+                "UL2002",
+                f"another program holds {self.path} locked",
+                fix="close it (a database browser, a backup?)",
             )
         if isinstance(e, (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError)):
-            kind = OutcomeUnknown if committing else Unavailable
+            kind: type[UnlostError] = OutcomeUnknown
             if isinstance(e, (apsw.CorruptError, apsw.NotADBError)):
                 kind = Damaged
             self.broken = kind(

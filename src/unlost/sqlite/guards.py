@@ -22,7 +22,21 @@ DARWIN = sys.platform == "darwin"
 SQLITE_MIN = (3, 51, 3)  # older ones can lose committed pages when the WAL is reset
 TAIL_ROWS_CHECKED = 16
 QUICK_CHECK_BYTES_MAX = 32 * 1024 * 1024
-_NETWORK = ("nfs", "cifs", "smb", "afs", "9p", "ceph", "gluster", "lustre", "fuse.sshfs", "fuse.s3", "davfs", "ncpfs", "webdav")
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "afs",
+    "9p",
+    "ceph",
+    "gluster",
+    "lustre",
+    "fuse.sshfs",
+    "fuse.s3",
+    "davfs",
+    "ncpfs",
+    "webdav",
+)
 
 _protected: dict[str, int] = {}
 
@@ -57,13 +71,19 @@ def file_system(folder: Path) -> str:
     """The name of the file system that holds a folder, `unknown` where the system does not tell."""
     if DARWIN:
         lines = subprocess.run(["/sbin/mount"], capture_output=True, text=True, check=False).stdout.splitlines()
-        mounts = [(line.split(" on ", 1)[1].split(" (")[0], line.split(" (")[1].split(",")[0]) for line in lines if " (" in line]
+        mounts = [
+            (line.split(" on ", 1)[1].split(" (")[0], line.split(" (")[1].split(",")[0])
+            for line in lines
+            if " (" in line
+        ]
     else:
         try:
             lines = Path("/proc/self/mounts").read_text().splitlines()
         except OSError:
             return "unknown"
-        mounts = [(f[1].encode().decode("unicode_escape"), f[2]) for f in (line.split() for line in lines) if len(f) > 2]
+        mounts = [
+            (f[1].encode().decode("unicode_escape"), f[2]) for f in (line.split() for line in lines) if len(f) > 2
+        ]
     best, kind = "", "unknown"
     for mount, name in mounts:
         inside = folder == Path(mount) or Path(mount) in folder.parents
@@ -173,7 +193,9 @@ def check_rows(path: Path, rows: list[LogRow], where: str) -> None:
             raise _damaged(path, f"the event at {where}:{row.position} does not match its checksum")
         if before is not None:
             if row.position != before.position + 1:
-                raise _damaged(path, f"after {where}:{before.position} comes {row.position}: events are missing between")
+                raise _damaged(
+                    path, f"after {where}:{before.position} comes {row.position}: events are missing between"
+                )
         before = row
 
 
@@ -197,9 +219,13 @@ def explained(path: Path) -> Iterator[None]:
     except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError) as e:
         raise _no_rights(path, e) from e
     except apsw.FullError as e:
-        raise Unavailable("UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again") from e
+        raise Unavailable(
+            "UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again"
+        ) from e
     except apsw.IOError as e:
-        raise Unavailable("UL2003", f"the disk failed under {path}", found=str(e), fix="check the disk, then start again") from e
+        raise Unavailable(
+            "UL2003", f"the disk failed under {path}", found=str(e), fix="check the disk, then start again"
+        ) from e
 
 
 def protect(path: Path) -> None:
@@ -270,5 +296,3 @@ def _damaged(path: Path, found: str) -> UnlostError:
         "UL3004", f"{path} is damaged", found=found,
         fix="stop all processes, keep a copy of the folder, and restore the newest good copy",
     )  # fmt: skip
-
-

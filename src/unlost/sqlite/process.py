@@ -20,7 +20,7 @@ from pathlib import Path
 from unlost.world import boot_id
 
 _HEADER = struct.Struct("<8sQd")  # magic, hash of the boot id, heartbeat on the monotonic clock
-_CELL = struct.Struct("<qqq")  # service hash, log address + 1 (0: empty), 1 if it was the only one running
+_CELL = struct.Struct("<qqq")  # address of the unit, position + 1 (0: empty), 1 if it was the only one running
 _READ = struct.Struct("<qqq")  # service hash, partition number, next position to read
 _MAGIC = b"unlostP1"
 CELLS_MAX = 1024
@@ -37,12 +37,12 @@ class Remains:
 
     alive: bool
     hung: bool
-    running: dict[tuple[int, int], bool]  # (service hash, log address) -> was the only one running
+    running: dict[tuple[int, int], bool]  # (address of the unit, position) -> was the only one running
     read: dict[tuple[int, int], int]  # (service hash, partition number) -> next position to read
 
 
 def service_hash(service: str) -> int:
-    return zlib.crc32(service.encode()) | (len(service) << 32)
+    return zlib.crc32(service.encode())
 
 
 class ProcessFile:
@@ -71,9 +71,9 @@ class ProcessFile:
             self.clear(cell)
             self._free_cells.append(cell)
 
-    def started(self, cell: int, service: int, at: int, alone: bool) -> None:
+    def started(self, cell: int, address: int, position: int, alone: bool) -> None:
         if cell >= 0:
-            _CELL.pack_into(self._map, _CELLS_AT + cell * _CELL.size, service, at + 1, alone)
+            _CELL.pack_into(self._map, _CELLS_AT + cell * _CELL.size, address, position + 1, alone)
 
     def clear(self, cell: int) -> None:
         if cell >= 0:

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import apsw
 
-from unlost.errors import UsageError, invariant
+from unlost.errors import invariant
 from unlost.events import Envelope, encode_head, event_hash, partition_of
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
-from unlost.world import World
+from unlost.world import World, new_id
 
+PARTITIONS = 8  # of a topic for which nothing else was said
 _COLUMNS = 7
 _CHUNKS = (256, 64, 16, 4, 1)
 _INSERT = {
-    n: "insert into unlost_log (at, head, key, data, recorded, digest, crc) values "
-    + ",".join(["(?,?,?,?,?,?,?)"] * n)
+    n: "insert into unlost_log (at, head, key, data, recorded, digest, crc) values " + ",".join(["(?,?,?,?,?,?,?)"] * n)
     for n in _CHUNKS
 }
 
@@ -75,6 +75,7 @@ class Transaction:
     def __init__(self, connection: apsw.Connection, world: World) -> None:
         self.connection = connection
         self.world = world
+        self.topic_defaults: dict[str, tuple[int, int | None]] = {}
         self.appended: set[int] = set()  # partition numbers with new rows in this commit
         self._rows: list[Any] = []
         self._tails: dict[int, tuple[int, int]] = {}  # partition number -> next position, digest
@@ -113,15 +114,20 @@ class Transaction:
         row = self._topics.get(name)
         if row is None:
             found = self.one(
-                "select name, id, first_number, partitions, retention from unlost_topic where name = ?", (name,)
+                "select name, id, first_number, partitions, retention from unlost_topic where name = ?",
+                (name,),
             )
             if found is None:
-                raise UsageError(
-                    "UL1101",
-                    f"the topic {name!r} does not exist in this broker",
-                    fix="start a service that subscribes to it, or give the App the event classes it publishes",
-                )
+                return self.create_topic(name, *self.topic_defaults.get(name, (PARTITIONS, None)))
             row = self._topics[name] = TopicRow(*found)
+        return row
+
+    def create_topic(self, name: str, partitions: int, retention: int | None) -> TopicRow:
+        """Makes a topic that is not there yet; its partitions get the next free numbers."""
+        self.flush()
+        following = self.one("select coalesce(max(first_number + partitions), 0) from unlost_topic")[0]
+        row = self._topics[name] = TopicRow(name, new_id(), following, partitions, retention)
+        self.execute("insert into unlost_topic values (?, ?, ?, ?, ?, ?)", (*row, self.world.now()))
         return row
 
     def append(self, envelopes: Iterable[Envelope]) -> list[Appended]:
@@ -140,7 +146,17 @@ class Transaction:
             digest ^= event_hash(e.source, e.id)
             at = number << POSITION_BITS | position
             head = encode_head(e)
-            rows.extend((at, head, e.key, e.data, recorded, digest, row_crc(at, head, e.key, e.data, recorded, digest)))
+            rows.extend(
+                (
+                    at,
+                    head,
+                    e.key,
+                    e.data,
+                    recorded,
+                    digest,
+                    row_crc(at, head, e.key, e.data, recorded, digest),
+                )
+            )
             tails[number] = (position + 1, digest)
             self.appended.add(number)
             result.append(Appended(partition, position, recorded))

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import apsw
 
-from unlost.errors import UnlostError, UsageError
+from unlost.errors import Unavailable, UnlostError, UsageError
 from unlost.sqlite.transaction import Transaction
 from unlost.world import REAL
 
 _WATCH_SECONDS = 0.02
+# A cached statement is not shown to the authorizer again; statements prepared with another flag are other statements.
+_OF_THE_USER = apsw.SQLITE_PREPARE_PERSISTENT
 
 
 class BlockExpired(UnlostError):
     """The block held the file longer than its deadline; everything in it was rolled back."""
+
+
+class Ruined(Unavailable):
+    """A block ended the whole commit (`on conflict rollback`, an interrupted write): all of it was rolled back."""
 
 
 class Block:
@@ -49,11 +55,12 @@ class Block:
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
         """Runs a statement of the user and returns its rows."""
         turn = self._open_turn()
-        with turn.lock:
+        with turn.lock, self._watched(turn):
             self._check()
             turn.guard.user_code = True
             try:
-                return turn.tx.connection.execute(sql, bindings).fetchall()
+                cursor = turn.tx.connection.execute(sql, bindings, prepare_flags=_OF_THE_USER)
+                return cursor.fetchall()
             except apsw.InterruptError as e:
                 raise self._expired() from e
             except apsw.AuthError as e:
@@ -69,7 +76,7 @@ class Block:
     def run(self, work: Callable[[Transaction], Any]) -> Any:
         """Runs our own statements inside the block."""
         turn = self._open_turn()
-        with turn.lock:
+        with turn.lock, self._watched(turn):
             self._check()
             return work(turn.tx)
 
@@ -79,8 +86,9 @@ class Block:
         with turn.lock:
             self._check()
             try:
-                work(turn.tx)
-                turn.tx.release()
+                with self._watched(turn):
+                    work(turn.tx)
+                    turn.tx.release()
             except BaseException:
                 self.abort()
                 raise
@@ -99,12 +107,29 @@ class Block:
                 self.state = "withdrawn"
             elif self.state == "open":
                 self.state = "aborted"
-                turn.tx.rollback_to(self.saved)
-                turn.next()
+                turn.undo(self)
+
+    @contextlib.contextmanager
+    def _watched(self, turn: Turn) -> Iterator[None]:
+        """Without the open commit the next statement would be a commit of its own: then everything stops."""
+        try:
+            yield
+        except BaseException as e:
+            if self.state == "open" and not turn.tx.connection.in_transaction:
+                self.state = "aborted"
+                turn.ruin(e)
+            raise
+        if self.state == "open" and not turn.tx.connection.in_transaction:
+            self.state = "aborted"
+            raise turn.ruin(None)
 
     def _open_turn(self) -> Turn:
         if self.turn is None:
-            raise UsageError("UL1204", "this transaction block is not open", fix="use `async with ctx.transaction() as db:`")
+            raise UsageError(
+                "UL1204",
+                "this transaction block is not open",
+                fix="use `async with ctx.transaction() as db:`",
+            )
         return self.turn
 
     def _check(self) -> None:
@@ -112,7 +137,10 @@ class Block:
             raise self._expired()
         if self.state != "open":
             raise UsageError(
-                "UL1204", "this transaction block is over", found=f"its state is {self.state}", fix="use `db` inside the block only"
+                "UL1204",
+                "this transaction block is over",
+                found=f"its state is {self.state}",
+                fix="use `db` inside the block only",
             )
 
     def _expired(self) -> BlockExpired:
@@ -155,9 +183,15 @@ class Turn:
         self._following = 0
         self._current: Block | None = None
         self._over = threading.Event()
+        self._ruin: BaseException | None = None
 
     def run(self) -> None:
-        """In the writer thread: lends the connection to each block; returns when all are over."""
+        """In the writer thread: lends the connection to each block; returns when all are over.
+
+        Raises:
+            Ruined: one of them ended the commit; nothing of it is left.
+            apsw.Error: the disk failed under one of them.
+        """
         for block in self._blocks:
             block.turn = self
         self.next()
@@ -165,16 +199,44 @@ class Turn:
             block = self._current
             if block is not None and REAL.monotonic() - block.opened > block.deadline_seconds:
                 self._expire(block)
+        if self._ruin is not None:
+            raise self._ruin
+
+    def ruin(self, cause: BaseException | None) -> BaseException:
+        """The commit is gone: no other block may begin."""
+        if isinstance(cause, (apsw.FullError, apsw.IOError, apsw.CorruptError)):
+            self._ruin = cause
+        else:
+            self._ruin = Ruined(
+                "UL2005", "a transaction block ended the whole commit; all of it was rolled back and is tried again",
+                found=str(cause or ""), fix="do not use ON CONFLICT ROLLBACK or RAISE(ROLLBACK); keep statements short",
+            )  # fmt: skip
+        self._current = None
+        self._over.set()
+        return self._ruin
+
+    def undo(self, block: Block) -> None:
+        """Rolls one block back and goes on with the next one."""
+        try:
+            self.tx.rollback_to(block.saved)
+        except apsw.Error as e:
+            self.ruin(e)
+        else:
+            self.next()
 
     def next(self) -> None:
         with self.lock:
             self._current = None
-            while self._following < len(self._blocks):
+            while self._ruin is None and self._following < len(self._blocks):
                 block = self._blocks[self._following]
                 self._following += 1
                 if block.state != "waiting":
                     continue
-                block.saved = self.tx.savepoint()
+                try:
+                    block.saved = self.tx.savepoint()
+                except apsw.Error as e:
+                    self.ruin(e)
+                    return
                 block.state = "open"
                 block.opened = REAL.monotonic()
                 self._current = block
@@ -192,13 +254,10 @@ class Turn:
         with self.lock:
             if block.state == "open":
                 block.state = "expired"
-                self.tx.rollback_to(block.saved)
-                self.next()
+                self.undo(block)
 
     def fail_waiting(self, error: BaseException) -> None:
         for block in self._blocks:
             if block.state == "waiting":
                 block.state = "withdrawn"
                 block.wake(error)
-
-

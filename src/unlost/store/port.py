@@ -11,7 +11,7 @@ The suite `unlost.testing.check_store` holds every store to this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import msgspec
@@ -101,10 +101,11 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
 
     unit: Unit
     epoch: int
+    address: int  # names the unit where a runner notes what it has in hand
     position: int
     fated: Runs
     attempts: dict[int, list[Attempt]]  # of events that were being retried in memory
-    suspects: dict[int, int]  # position -> how often a process died while it ran alone
+    suspects: set[int]  # events that were in a handler when their process died
     waiting: dict[bytes, int | None]  # key -> due time of its first waiting event; None: behind a dead letter
     keyless: dict[int, int]  # position -> due time, of waiting events without a key
 
@@ -154,8 +155,20 @@ class Block(Protocol):
     def abort(self) -> None: ...
 
 
+class Hands(Protocol):
+    """Where one runner notes what it has in hand, so that it is known after `kill -9` which events were running
+    when a process died. Costs less than a microsecond; need not survive power loss."""
+
+    def take_up(self, address: int, position: int, alone: bool) -> None: ...
+
+    def put_down(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Store(Protocol):
-    id: str
+    @property
+    def id(self) -> str: ...
 
     async def open(self) -> None: ...
 
@@ -169,14 +182,34 @@ class Store(Protocol):
             UsageError: they do not agree, or a topic is not the one that the saved positions belong to.
         """
 
-    async def take(self, units: Sequence[Unit], owner: str) -> Sequence[Taken]:
-        """Makes `owner` the only one who can settle these units: every older epoch is fenced from now on."""
+    async def take(self, units: Sequence[Unit]) -> Sequence[Taken]:
+        """Makes this process the only one who can settle these units: every older epoch is fenced from now on."""
 
     async def give(self, units: Sequence[tuple[Unit, int]]) -> None:
         """Says that these units (with their epochs) were left cleanly."""
 
     async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Unit]:
         """Makes outcomes durable in one commit. Returns the units that were fenced: nothing of theirs was written."""
+
+    def block(
+        self,
+        wake: Callable[[BaseException | None], None],
+        committed: Callable[[BaseException | None], None],
+        deadline_seconds: float = 0.25,
+    ) -> Block:
+        """Asks for a transaction block. `wake` is called when it may begin; `committed` when it is durable."""
+
+    def enter(self, block: Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        """Begins: False if the event was handled before.
+
+        Raises:
+            Fenced: another process owns the unit.
+        """
+
+    def finish(self, block: Block, settlement: Settlement) -> None:
+        """Ends the block with the delivery's outcome in it; the commit follows."""
+
+    def hands(self) -> Hands: ...
 
     def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
         """Which of these the inbox has: (source, id) -> content."""
@@ -189,5 +222,3 @@ class Store(Protocol):
 
     async def carry_out(self, request: Request, epoch: int) -> bool:
         """Redrives (shelf -> waiting room, due now) or discards. False if it is no longer wanted."""
-
-

@@ -11,12 +11,13 @@ from typing import Any
 import msgspec
 
 from unlost.errors import Fenced, UsageError, invariant
-from unlost.events import Envelope, content_hash, decode_head
+from unlost.events import Envelope, decode_head
 from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
-from unlost.sqlite.process import Remains, examine, service_hash
-from unlost.sqlite.schema import POSITION_BITS
+from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.transaction import Transaction
+from unlost.sqlite.turn import Block
+from unlost.store import port
 from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Taken, Waiting
 from unlost.store.progress import Progress, Runs
 
@@ -63,7 +64,8 @@ class SqliteStore:
 
         await self.file.write(work)
 
-    async def take(self, units: Sequence[Unit], owner: str) -> Sequence[Taken]:
+    async def take(self, units: Sequence[Unit]) -> Sequence[Taken]:
+        owner = self.file.process_id
         remains: dict[str, Remains] = {}
 
         def look(process: str) -> Remains:
@@ -159,21 +161,37 @@ class SqliteStore:
             tx.execute(
                 "insert into unlost_ledger values (?, ?, ?, ?, ?, ?, ?) "
                 "on conflict do update set state = excluded.state, since = excluded.since",
-                (*unit, position, o.state, o.arrival.envelope.id if o.arrival.envelope else "", tx.world.now()),
+                (
+                    *unit,
+                    position,
+                    o.state,
+                    o.arrival.envelope.id if o.arrival.envelope else "",
+                    tx.world.now(),
+                ),
             )
 
-    def check_epoch(self, tx: Transaction, unit: Unit, epoch: int) -> None:
-        _load(tx, unit, epoch)
+    # --- a handler's transaction -------------------------------------------------------------------------
 
-    def has(self, tx: Transaction, service: str, inbox: Inbox) -> bool:
-        """Inside a commit: was this event handled by this service already?"""
-        return (
-            tx.one(
-                "select 1 from unlost_inbox where service = ? and id = ? and source = ?",
-                (service, inbox.id, inbox.source),
-            )
-            is not None
-        )
+    def block(
+        self,
+        wake: Callable[[BaseException | None], None],
+        committed: Callable[[BaseException | None], None],
+        deadline_seconds: float = 0.25,
+    ) -> Block:
+        block = Block(wake, committed, deadline_seconds)
+        self.file.submit_block(block)
+        return block
+
+    def enter(self, block: port.Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        assert isinstance(block, Block)
+        return bool(block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
+
+    def finish(self, block: port.Block, settlement: Settlement) -> None:
+        assert isinstance(block, Block)
+        block.finish(lambda tx: self.settle_in(tx, settlement))
+
+    def hands(self) -> port.Hands:
+        return _Hands(self.file.process_file)
 
     # --- reading -----------------------------------------------------------------------------------------
 
@@ -216,6 +234,24 @@ class SqliteStore:
         return await self.file.write(lambda tx: carry_out(tx, request, epoch))
 
 
+class _Hands:
+    """One cell of this process' own file."""
+
+    def __init__(self, file: ProcessFile) -> None:
+        self._file = file
+        self._cell = file.take_cell()
+
+    def take_up(self, address: int, position: int, alone: bool) -> None:
+        self._file.started(self._cell, address, position, alone)
+
+    def put_down(self) -> None:
+        self._file.clear(self._cell)
+
+    def close(self) -> None:
+        self._file.give_cell(self._cell)
+        self._cell = -1
+
+
 # --- the parts, each inside the caller's commit --------------------------------------------------------------
 
 
@@ -235,7 +271,9 @@ def _check_policy(tx: Transaction, service: str, old: dict[str, Any], new: dict[
         return
     running = [
         row[0]
-        for row in tx.execute("select distinct owner from unlost_progress where service = ? and owner is not null", (service,))
+        for row in tx.execute(
+            "select distinct owner from unlost_progress where service = ? and owner is not null", (service,)
+        )
     ]
     if running:
         raise UsageError(
@@ -248,7 +286,8 @@ def _check_policy(tx: Transaction, service: str, old: dict[str, Any], new: dict[
 def _pin(tx: Transaction, service: str, topic: TopicInfo) -> None:
     """A service's start on a topic is decided once, when it first sees it: at the log's first event."""
     rows = tx.execute(
-        "select partition, topic_id from unlost_progress where service = ? and topic = ?", (service, topic.name)
+        "select partition, topic_id from unlost_progress where service = ? and topic = ?",
+        (service, topic.name),
     ).fetchall()
     if rows:
         if any(topic_id != topic.id for _, topic_id in rows) or len(rows) != topic.partitions:
@@ -274,20 +313,16 @@ def _load(tx: Transaction, unit: Unit, epoch: int) -> Progress:
         unit,
     )
     if row is None or row[0] != epoch:
-        raise Fenced(
-            "UL2101", f"{unit} has another owner now", found=f"epoch {row[0] if row else '-'}, ours was {epoch}"
-        )
+        raise _fenced(unit, row and row[0], epoch)
     return Progress(row[1], Runs.decode(row[2]), _decode_counts(row[3]), row[4])
 
 
-def _save(
-    tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Sequence[Attempt] | None]
-) -> None:
+def _save(tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Sequence[Attempt] | None]) -> None:
     attempts = None
     if changed:
-        stored = tx.one(
-            "select attempts from unlost_progress where service = ? and topic = ? and partition = ?", unit
-        )[0]
+        stored = tx.one("select attempts from unlost_progress where service = ? and topic = ? and partition = ?", unit)[
+            0
+        ]
         if stored != "{}" or any(changed.values()):
             kept: dict[int, Sequence[Attempt]] = dict(_decode_attempt_map(stored))
             for position, history in changed.items():
@@ -299,8 +334,30 @@ def _save(
     tx.execute(
         "update unlost_progress set position = ?, fated = ?, counts = ?, digest = ?, attempts = coalesce(?, attempts) "
         "where service = ? and topic = ? and partition = ?",
-        (progress.position, progress.fated.encode(), _json.encode(progress.counts).decode(), progress.digest, attempts, *unit),
+        (
+            progress.position,
+            progress.fated.encode(),
+            _json.encode(progress.counts).decode(),
+            progress.digest,
+            attempts,
+            *unit,
+        ),
     )
+
+
+def _enter(tx: Transaction, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    """The beginning of a handler's transaction: is the unit still ours, and the event new?"""
+    row = tx.one("select epoch from unlost_progress where service = ? and topic = ? and partition = ?", unit)
+    if row is None or row[0] != epoch:
+        raise _fenced(unit, row and row[0], epoch)
+    if inbox is None:
+        return True
+    sql = "select 1 from unlost_inbox where service = ? and id = ? and source = ?"
+    return tx.one(sql, (unit.service, inbox.id, inbox.source)) is None
+
+
+def _fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:
+    return Fenced("UL2101", f"{unit} has another owner now", found=f"epoch {found or '-'}, ours was {epoch}")
 
 
 def _enter_inbox(tx: Transaction, service: str, inbox: Inbox) -> bool:
@@ -337,7 +394,17 @@ def _wait(tx: Transaction, unit: Unit, o: Outcome) -> None:
     tx.execute(
         "insert into unlost_waiting values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
         "on conflict do update set due = excluded.due, attempt = excluded.attempt, history = excluded.history",
-        (*unit, a.position, a.key, o.due, len(o.attempts), _json.encode(o.attempts).decode(), a.head, a.data, a.recorded),
+        (
+            *unit,
+            a.position,
+            a.key,
+            o.due,
+            len(o.attempts),
+            _json.encode(o.attempts).decode(),
+            a.head,
+            a.data,
+            a.recorded,
+        ),
     )
 
 
@@ -375,19 +442,13 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
         )  # fmt: skip
     epoch += 1
     unclean = not clean and before is not None
-    suspects: dict[int, int] = {}
+    address = _address(unit, topic.first_number)
+    done, history = Runs.decode(fated), _decode_attempt_map(attempts)
+    suspects: set[int] = set()
     if unclean:
-        number = topic.first_number + unit.partition
-        for (service, at), alone in look(before).running.items():
-            if service == service_hash(unit.service) and at >> POSITION_BITS == number:
-                suspects[at - (number << POSITION_BITS)] = int(alone)
-    done = Runs.decode(fated)
-    history = _decode_attempt_map(attempts)
-    suspects = {p: n for p, n in suspects.items() if p not in done and p >= position}
-    for suspect, alone in suspects.items():
-        if alone:  # the attempt is written before the event is delivered again
-            past = history.setdefault(suspect, [])
-            past.append(Attempt(len(past) + 1, tx.world.now(), "its process was killed while only this event was handled"))
+        for (where, at), alone in look(before).running.items():
+            if where == address and _suspect(tx, unit, at, alone, at in done, history):
+                suspects.add(at)
     tx.execute(
         "update unlost_progress set epoch = ?, owner = ?, clean = 0, attempts = ? "
         "where service = ? and topic = ? and partition = ?",
@@ -400,9 +461,41 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
     )
     waiting, keyless = _waiting_keys(tx, unit)
     return Taken(
-        unit=unit, epoch=epoch, position=position, fated=done, attempts=history, suspects=suspects,
+        unit=unit, epoch=epoch, address=address, position=position, fated=done, attempts=history, suspects=suspects,
         waiting=waiting, keyless=keyless,
     )  # fmt: skip
+
+
+def _address(unit: Unit, first_number: int) -> int:
+    """Names a unit in a process' own file: 32 bits of the service, 31 of the partition's number."""
+    return service_hash(unit.service) << 31 | (first_number + unit.partition)
+
+
+def _suspect(
+    tx: Transaction, unit: Unit, position: int, alone: bool, fated: bool, history: dict[int, list[Attempt]]
+) -> bool:
+    """An event that was in a handler when its process died. If it was there alone, that counts as an attempt,
+    written before it is delivered again: so a handler that kills its process comes to an end."""
+    attempt = "its process was killed while it handled only this event"
+    if not fated:
+        past = history.setdefault(position, []) if alone else []
+        past.append(Attempt(len(past) + 1, tx.world.now(), attempt))
+        return True
+    row = tx.one(
+        "select history from unlost_waiting where service = ? and topic = ? and partition = ? and position = ?",
+        (*unit, position),
+    )
+    if row is None:
+        return False  # settled: it only had not put the event down yet
+    if alone:
+        past = _decode_attempts(row[0])
+        past.append(Attempt(len(past) + 1, tx.world.now(), attempt))
+        tx.execute(
+            "update unlost_waiting set history = ?, attempt = ? "
+            "where service = ? and topic = ? and partition = ? and position = ?",
+            (_json.encode(past).decode(), len(past), *unit, position),
+        )
+    return True
 
 
 def _waiting_keys(tx: Transaction, unit: Unit) -> tuple[dict[bytes, int | None], dict[int, int]]:
@@ -449,10 +542,9 @@ def carry_out(tx: Transaction, request: Request, epoch: int) -> bool:
         "update unlost_ledger set state = ?, since = ? where service = ? and topic = ? and partition = ? and position = ?",
         ("retrying" if action == "redrive" else "removed", tx.world.now(), *unit, request.position),
     )
-    invariant(tx.connection.changes() == 1, f"{unit}:{request.position} was on the shelf, but the ledger did not list it")
+    invariant(
+        tx.connection.changes() == 1,
+        f"{unit}:{request.position} was on the shelf, but the ledger did not list it",
+    )
     tx.execute("update unlost_operation set carried_out = ? where number = ?", (tx.world.now(), operation))
     return True
-
-
-def inbox_of(envelope: Envelope) -> Inbox:
-    return Inbox(envelope.id, envelope.source, content_hash(envelope.type, envelope.data))

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import apsw
 
 from unlost.sqlite.file import File
-from unlost.sqlite.marks import Marks
+from unlost.sqlite.marks import _ENTRY, Marks
 
 SECTOR_BYTES = 512
 _JOURNALS = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL
@@ -101,7 +101,7 @@ class Disk(apsw.VFS):
 
     def survivors(self, crash_at: int, seed: int) -> dict[str, bytes]:
         """The content of each file that is left."""
-        chance = random.Random(seed << 32 | crash_at)  # noqa: S311 - a repeatable choice, not a secret
+        chance = random.Random(seed << 32 | crash_at)
         survival: Survival = chance.choice(("nothing", "everything", "some", "torn"))
         files = {name: _Remembered(content) for name, content in self._found.items()}
         for op in self.log[:crash_at]:
@@ -119,10 +119,10 @@ class Disk(apsw.VFS):
 
     # --- what SQLite calls -------------------------------------------------------------------------------
 
-    def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
+    def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> apsw.VFSFile:
         return _RecordedFile(self, name, flags)
 
-    def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
+    def xDelete(self, filename: str, syncdir: bool) -> None:
         name = Path(filename).name
         self.ask(Op("delete", name))
         super().xDelete(filename, syncdir)
@@ -155,13 +155,13 @@ class _RecordedFile(apsw.VFSFile):
             disk._note_found(Path(path))
         super().__init__("", name, flags)
 
-    def xWrite(self, data: Any, offset: int) -> None:  # noqa: N802
+    def xWrite(self, data: Any, offset: int) -> None:
         self._do(Op("write", self._name, offset, bytes(data)), super().xWrite, data, offset)
 
-    def xTruncate(self, newsize: int) -> None:  # noqa: N802
+    def xTruncate(self, newsize: int) -> None:
         self._do(Op("truncate", self._name, newsize), super().xTruncate, newsize)
 
-    def xSync(self, flags: int) -> None:  # noqa: N802
+    def xSync(self, flags: int) -> None:
         kind: Kind = "sync folder" if self._new_name else "sync"
         self._do(Op(kind, self._name), super().xSync, flags)
         self._new_name = False
@@ -192,10 +192,8 @@ class RecordedMarks(Marks):
     def write(self, commit: int) -> None:
         self._disk.ask(Op("write", self._name, self._offset))
         super().write(commit)
-        end = os.fstat(self._fd).st_size
-        self._disk.note(
-            Op("write", self._name, self._offset, os.pread(self._fd, end, self._offset)[: self.entry_bytes])
-        )
+        entry = os.pread(self._fd, _ENTRY.size, self._offset)
+        self._disk.note(Op("write", self._name, self._offset, entry))
 
     def sync(self) -> None:
         if self._unsynced:
@@ -242,6 +240,7 @@ class _Remembered:
             self.content = bytearray()
         if op.kind == "truncate":
             del self.content[op.at :]
+            self.content.extend(bytes(op.at - len(self.content)))
             return
         missing = op.at + start - len(self.content)
         if missing > 0:

@@ -22,7 +22,6 @@ from unlost.events.topic import Arrival, Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
-from unlost.world import new_id
 
 PARTITIONS_MAX = 1024
 
@@ -53,7 +52,9 @@ class EmbeddedBroker:
             check_name("topic", name)
             if not 1 <= partitions <= PARTITIONS_MAX:
                 raise UsageError(
-                    "UL1102", f"the topic {name!r} needs between 1 and {PARTITIONS_MAX} partitions", found=str(partitions)
+                    "UL1102",
+                    f"the topic {name!r} needs between 1 and {PARTITIONS_MAX} partitions",
+                    found=str(partitions),
                 )
         known = {t.name: t for t in await self.topics()}
         if any(
@@ -111,7 +112,8 @@ def partition_range(connection: apsw.Connection, number: int) -> tuple[int, int]
     if first is None:
         return 0, 0
     last = connection.execute(
-        "select at from unlost_log where at between ? and ? order by at desc limit 1", (low, low | POSITION_MAX)
+        "select at from unlost_log where at between ? and ? order by at desc limit 1",
+        (low, low | POSITION_MAX),
     ).fetchone()
     return first[0] - low, last[0] - low + 1
 
@@ -125,15 +127,10 @@ def _declare(tx: Transaction, wanted: Sequence[tuple[str, int, Any]]) -> None:
                 found=f"declared are {partitions}",
                 fix=f"declare {rows[name]}: with another number the keys would move to other partitions and lose their order",
             )  # fmt: skip
-    following = tx.one("select coalesce(max(first_number + partitions), 0) from unlost_topic")[0]
     for name, partitions, retention in wanted:
         if name in rows:
             tx.execute("update unlost_topic set retention = ? where name = ?", (retention, name))
-        else:
-            tx.execute(
-                "insert into unlost_topic values (?, ?, ?, ?, ?, ?)",
-                (name, new_id(), following, partitions, retention, tx.world.now()),
-            )
-            following += partitions
-            rows[name] = partitions
+        tx.topic_defaults[name] = (partitions, retention)
+        if name not in rows:
+            tx.create_topic(name, partitions, retention)
     tx.forget()

@@ -102,7 +102,8 @@ class EmbeddedMember:
         def work(tx: Transaction) -> None:
             tx.execute("delete from unlost_member where service = ? and process = ?", (self._service, process))
             tx.execute(
-                "update unlost_assignment set process = null where service = ? and process = ?", (self._service, process)
+                "update unlost_assignment set process = null where service = ? and process = ?",
+                (self._service, process),
             )
 
         await self._file.write(work)
@@ -143,12 +144,11 @@ class EmbeddedMember:
 
         def work(tx: Transaction) -> None:
             tx.execute(
-                "insert into unlost_member values (?, ?, ?) on conflict do nothing", (service, process, tx.world.now())
+                "insert into unlost_member values (?, ?, ?) on conflict do nothing",
+                (service, process, tx.world.now()),
             )
             for unit in self._numbers:
-                tx.execute(
-                    "insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit)
-                )
+                tx.execute("insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit))
 
         await self._file.write(work)
         self._joined = True
@@ -215,7 +215,8 @@ class EmbeddedMember:
         members = [
             row[0]
             for row in connection.execute(
-                "select process from unlost_member where service = ? order by joined, process", (self._service,)
+                "select process from unlost_member where service = ? order by joined, process",
+                (self._service,),
             )
         ]
         rows = connection.execute(

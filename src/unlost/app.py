@@ -1,0 +1,386 @@
+"""App: services, a broker and a store together. The only thing that holds connections."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import hashlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import apsw
+
+from unlost import config
+from unlost.brokers.connect import connect
+from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
+from unlost.delivery.context import check_outside_block
+from unlost.delivery.service import Service
+from unlost.delivery.worker import Probe, Worker
+from unlost.errors import OutcomeUnknown, UsageError
+from unlost.events import Envelope, Event, check_name, seal
+from unlost.events.topic import Topic
+from unlost.sqlite.file import File
+from unlost.sqlite.transaction import Transaction
+from unlost.store.port import Store
+from unlost.store.sqlite import SqliteStore
+from unlost.world import REAL, World
+
+log = logging.getLogger("unlost.app")
+T = TypeVar("T")
+
+PUBLISH_SECONDS = 30.0
+STOP_SECONDS = 20.0
+
+
+class App:
+    """Services over a broker.
+
+    - `broker`: a URL; without it `UNLOST_BROKER`, `[tool.unlost]` in pyproject.toml, or the embedded file
+      `.unlost/events.db` beside the nearest pyproject.toml.
+    - `topics`: topics with other than 8 partitions, or with a retention.
+    - `schema`: a file with the `create table` statements of your own tables in the embedded file
+      (its path is relative to the module that makes the App).
+    - `name`: the source of events that are published outside handlers; part of their identity.
+    - `survives`: what an accepted event must survive; an App is refused a broker that promises less.
+
+    Example:
+        >>> app = App(Service("billing"), topics=[Topic("order", partitions=32)])
+    """
+
+    def __init__(
+        self,
+        *services: Service,
+        broker: str | None = None,
+        topics: Sequence[Topic] = (),
+        schema: str | Path | None = None,
+        name: str = "app",
+        survives: Survives = "process death",
+        world: World = REAL,
+        probe: Probe | None = None,
+    ) -> None:
+        for service in services:
+            if not isinstance(service, Service):
+                raise UsageError(
+                    "UL1230", "an App is made of services", found=repr(service), fix="App(billing, shipping)"
+                )
+        names = [service.name for service in services]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise UsageError("UL1231", "each service of an App has its own name", found=f"twice: {', '.join(twice)}")
+        if survives not in SURVIVES_ORDER:
+            raise UsageError("UL1232", f"survives is one of: {', '.join(SURVIVES_ORDER)}", found=repr(survives))
+        self.services = services
+        self.name = check_name("source", name)
+        self.topics = {topic.name: topic for topic in topics}
+        self.world = world
+        self.probe = probe
+        self.url = ""
+        self._url = broker
+        self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
+        self._survives = survives
+        self._broker: Broker | None = None
+        self._store: Store | None = None
+        self._file: File | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._portal: _Portal | None = None
+        self._portal_lock = threading.Lock()
+        self._entered = 0
+        self._workers: list[Worker] = []
+        self._stop: asyncio.Event | None = None
+
+    def __repr__(self) -> str:
+        return f"App({', '.join(service.name for service in self.services)})"
+
+    # --- connecting --------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> App:
+        """Connects; runs no service."""
+        if self._entered == 0:
+            await self._connect()
+        self._entered += 1
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            await self._disconnect()
+
+    async def _connect(self) -> None:
+        self.url = config.setting("broker", code=self._url).value
+        store_url = config.setting("store").value
+        if store_url and store_url != self.url:
+            raise UsageError(
+                "UL1233", "this release keeps everything in the embedded broker's own file", found=f"store {store_url}",
+                fix="leave UNLOST_STORE empty",
+            )  # fmt: skip
+        broker, file = await asyncio.to_thread(connect, self.url, world=self.world)
+        try:
+            if SURVIVES_ORDER.index(broker.abilities.survives) < SURVIVES_ORDER.index(self._survives):
+                raise UsageError(
+                    "UL1234", f"this App demands that an accepted event survives {self._survives}",
+                    found=f"the {broker.abilities.name} broker promises {broker.abilities.survives}",
+                    fix="use a replicated broker, or demand less",
+                )  # fmt: skip
+            store = SqliteStore(file, publish=Transaction.append)
+            wanted = {name: self.topics.get(name, Topic(name)) for s in self.services for name in s.topics}
+            infos = {info.name: info for info in await broker.declare(list((wanted | self.topics).values()))}
+            for service in self.services:
+                policy = {"on_dead": service.on_dead}
+                await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
+            if self._schema:
+                await _apply_schema(file, self._schema)
+        except BaseException:
+            await asyncio.to_thread(file.close)
+            raise
+        self._broker, self._store, self._file = broker, store, file
+        self._loop = asyncio.get_running_loop()
+
+    async def _disconnect(self) -> None:
+        file, self._file = self._file, None
+        if self._broker is not None:
+            await self._broker.close()
+        self._broker = self._store = self._loop = None
+        if file is not None:
+            await asyncio.to_thread(file.close)
+
+    @property
+    def file(self) -> File:
+        """The embedded file, while connected."""
+        if self._file is None:
+            raise _not_connected()
+        return self._file
+
+    @property
+    def broker(self) -> Broker:
+        if self._broker is None:
+            raise _not_connected()
+        return self._broker
+
+    @property
+    def store(self) -> Store:
+        if self._store is None:
+            raise _not_connected()
+        return self._store
+
+    # --- publishing --------------------------------------------------------------------------------------
+
+    async def publish(
+        self,
+        event: Event,
+        *,
+        id: str | None = None,
+        occurred_at: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline: float | timedelta = PUBLISH_SECONDS,
+    ) -> Receipt:
+        """Publishes one event and returns when it is durable.
+
+        **Guarantee** the receipt proves that the event survives what the broker declares.
+        **After a crash** before the return, or after `OutcomeUnknown`, publish again with the same id: at most a
+        duplicate, which effectively-once handlers never see.
+
+        Raises:
+            Unavailable: surely not accepted; retrying is safe.
+            OutcomeUnknown: the deadline passed, or the call was cancelled.
+            UsageError: the event cannot be published; it never will be.
+        """
+        envelope = seal(event, source=self.name, id=id, occurred_at=occurred_at, headers=headers, now=self.world.now())
+        return (await self._accept([envelope], deadline))[0]
+
+    async def publish_all(
+        self, events: Sequence[Event], *, deadline: float | timedelta = PUBLISH_SECONDS
+    ) -> Sequence[Receipt]:
+        """Publishes events as one durable batch: all or none. Receipts come in the order of the events."""
+        now = self.world.now()
+        return await self._accept([seal(event, source=self.name, now=now) for event in events], deadline)
+
+    def publish_sync(
+        self,
+        event: Event,
+        *,
+        id: str | None = None,
+        occurred_at: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline: float | timedelta = PUBLISH_SECONDS,
+    ) -> Receipt:
+        """The same as `publish` for code without an event loop: scripts, sync views, sync handlers.
+
+        Connects by itself if need be, and stays connected until the process ends.
+        """
+        check_outside_block()
+        try:
+            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not None:
+            raise UsageError(
+                "UL1236", "publish_sync would block this event loop", fix="inside async code: await app.publish(event)"
+            )
+        call = self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline)
+        return self._in_loop(call)
+
+    async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
+        """Publishes ready-made envelopes (for tools; programs publish typed events)."""
+        return await self._accept(envelopes, PUBLISH_SECONDS)
+
+    async def _accept(self, envelopes: Sequence[Envelope], deadline: float | timedelta) -> Sequence[Receipt]:
+        check_outside_block()
+        broker = self.broker
+        if not envelopes:
+            return []
+        seconds = deadline.total_seconds() if isinstance(deadline, timedelta) else deadline
+        try:
+            async with asyncio.timeout(seconds):
+                return await broker.publish(envelopes)
+        except TimeoutError:
+            raise _outcome_unknown(envelopes, f"no answer within {seconds:g} s") from None
+        except asyncio.CancelledError:
+            raise _outcome_unknown(envelopes, "the call was cancelled") from None
+
+    def _in_loop(self, call: Coroutine[Any, Any, T]) -> T:
+        loop = self._loop
+        if loop is None:
+            with self._portal_lock:
+                if self._portal is None:
+                    self._portal = _Portal(self)
+                loop = self._portal.loop
+        return asyncio.run_coroutine_threadsafe(call, loop).result()
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    async def serve(self, services: Sequence[str] | None = None, *, ready: Callable[[], None] | None = None) -> None:
+        """Runs the services (all, or those named) inside another program, until `stop` or a failure."""
+        chosen = self._chosen(services)
+        async with self:
+            self._stop = asyncio.Event()
+            workers = [
+                Worker(service, self.broker, self.store, world=self.world, probe=self.probe) for service in chosen
+            ]
+            self._workers = workers
+            tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
+            stop = asyncio.create_task(self._stop.wait())
+            if ready is not None:
+                ready()
+            try:
+                await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
+                stop.cancel()
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+                self._workers = []
+            for error in ended:
+                if isinstance(error, Exception):
+                    raise error
+
+    def stop(self) -> None:
+        """Asks `serve` to finish: handlers in progress end or are given back, nothing is dropped."""
+        if self._stop is not None:
+            self._stop.set()
+
+    def run(self, services: Sequence[str] | None = None) -> None:
+        """Runs the services until SIGTERM or Ctrl-C, then finishes what is in hand and leaves."""
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._signalled, number)
+            await self.serve(services, ready=lambda: self._announce(services))
+
+        asyncio.run(main())
+
+    def _signalled(self, number: int) -> None:
+        if self._stop is None or self._stop.is_set():
+            os._exit(128 + number)  # the second time: at once; nothing is lost by that either
+        self.stop()
+
+    def _announce(self, services: Sequence[str] | None) -> None:
+        names = ", ".join(service.name for service in self._chosen(services))
+        made = " (made just now)" if self.file.created else ""
+        print(f"unlost: {names} on {self.file.path}{made}", file=sys.stderr, flush=True)
+
+    def _chosen(self, names: Sequence[str] | None) -> list[Service]:
+        known = {service.name: service for service in self.services}
+        for name in names or ():
+            if name not in known:
+                raise UsageError(
+                    "UL1237", f"this App has no service {name!r}", found=f"it has {', '.join(known) or 'none'}"
+                )
+        return [known[name] for name in names] if names else list(self.services)
+
+
+class _Portal:
+    """An event loop in its own thread, for `publish_sync` in programs that have none."""
+
+    def __init__(self, app: App) -> None:
+        self.loop = asyncio.new_event_loop()
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        async def connect() -> None:
+            try:
+                await app.__aenter__()
+            except BaseException as e:
+                started.set_exception(e)
+            else:
+                started.set_result(None)
+
+        def run() -> None:
+            asyncio.set_event_loop(self.loop)
+            self.loop.create_task(connect())
+            self.loop.run_forever()
+
+        threading.Thread(target=run, name="unlost-portal", daemon=True).start()
+        started.result()
+
+
+async def _apply_schema(file: File, text: str) -> None:
+    """Runs the user's schema when it is new or has changed, under the same limits as any user statement."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def work(tx: Transaction) -> None:
+        row = tx.one("select value from unlost_meta where name = 'schema'")
+        if row is not None and row[0] == digest:
+            return
+        file.guard.user_code = True
+        try:
+            tx.execute(text)
+        except apsw.Error as e:
+            raise UsageError(
+                "UL1235", "the schema of this App cannot be applied", found=str(e),
+                fix="write `create table if not exists ...`; names that start with unlost_ are taken",
+            ) from e  # fmt: skip
+        finally:
+            file.guard.user_code = False
+        tx.execute("insert or replace into unlost_meta values ('schema', ?)", (digest,))
+
+    await file.write(work)
+
+
+def _schema_text(schema: str | Path | None, module_file: str | None) -> str:
+    if schema is None:
+        return ""
+    path = Path(schema)
+    if not path.is_absolute() and module_file:
+        path = Path(module_file).resolve().parent / path
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError("UL1238", "the schema file cannot be read", found=str(e)) from e
+
+
+def _not_connected() -> UsageError:
+    return UsageError("UL1239", "this App is not connected", fix="use it inside `async with app:`")
+
+
+def _outcome_unknown(envelopes: Sequence[Envelope], found: str) -> OutcomeUnknown:
+    ids = ", ".join(e.id for e in envelopes[:3]) + (" …" if len(envelopes) > 3 else "")
+    return OutcomeUnknown(
+        "UL2020", "nobody can say whether the event was accepted", found=f"{found}; id {ids}",
+        fix="publish it again with the same id: at most a duplicate, which effectively-once handlers never see",
+    )  # fmt: skip

@@ -1,0 +1,136 @@
+"""Per-key queues: the order of a key, while other keys go on. No task per event.
+
+A lane is one key of one unit. Its events come from two places, in this order: rows of the waiting room
+(`stored`), then the queue in memory. A lane is in exactly one of these conditions:
+
+- idle: nothing to do; ready: queued for a runner; running: its head is in a handler;
+- sleeping: its head waits in memory for a short retry;
+- blocked: the head waits in the store, until `due` or, behind a dead letter, until an operator decides
+  (`due` is None). New events of a blocked key join it in the store.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from unlost.delivery.service import Handler
+from unlost.events import Event
+from unlost.events.topic import Arrival, Unit
+from unlost.store.port import Attempt, Taken
+
+
+class Delivery:
+    """One event in the hands of one service."""
+
+    __slots__ = ("arrival", "attempts", "cls", "event_hash", "handler", "lane", "seen", "suspect", "waited")
+
+    def __init__(
+        self,
+        lane: Lane,
+        arrival: Arrival,
+        handler: Handler,
+        cls: type[Event] | None,
+        event_hash: int,
+        attempts: Sequence[Attempt],
+        *,
+        waited: bool,
+        suspect: bool,
+    ) -> None:
+        self.lane = lane
+        self.arrival = arrival
+        self.handler = handler
+        self.cls = cls  # None: its bytes are no event
+        self.event_hash = event_hash
+        self.attempts = attempts
+        self.waited = waited
+        self.suspect = suspect
+        self.seen: int | None = None  # content of an event of the same id in the inbox
+
+    @property
+    def position(self) -> int:
+        return self.arrival.position
+
+    def __repr__(self) -> str:
+        return f"Delivery({self.lane.owned.unit}:{self.position}, attempt {len(self.attempts) + 1})"
+
+
+class Lane:
+    __slots__ = (
+        "blocked",
+        "due",
+        "key",
+        "loaded",
+        "owned",
+        "position",
+        "queue",
+        "ready",
+        "running",
+        "sleeping",
+        "stored",
+    )
+
+    def __init__(self, owned: Owned, key: bytes | None, position: int | None = None) -> None:
+        self.owned = owned
+        self.key = key
+        self.position = position  # of the only event, where there is no key
+        self.queue: deque[Delivery] = deque()
+        self.loaded: deque[Delivery] = deque()  # rows of the waiting room, read
+        self.stored = False  # the waiting room has events of this lane
+        self.blocked = False
+        self.due: int | None = None
+        self.ready = False
+        self.running = False
+        self.sleeping = False
+
+    @property
+    def startable(self) -> bool:
+        return (
+            not (self.blocked or self.running or self.ready or self.sleeping or self.owned.gone)
+            and bool(self.stored or self.queue or self.loaded)
+        )  # fmt: skip
+
+    @property
+    def empty(self) -> bool:
+        return not (
+            self.queue or self.loaded or self.stored or self.blocked or self.running or self.ready or self.sleeping
+        )
+
+    @property
+    def head(self) -> Delivery | None:
+        if self.loaded:
+            return self.loaded[0]
+        return None if self.stored or not self.queue else self.queue[0]
+
+
+class Owned:
+    """A unit while this process owns it."""
+
+    __slots__ = ("attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
+
+    def __init__(self, taken: Taken) -> None:
+        self.unit: Unit = taken.unit
+        self.epoch = taken.epoch
+        self.taken = taken
+        self.attempts: dict[int, list[Attempt]] = dict(taken.attempts)
+        self.suspects = set(taken.suspects)
+        self.lanes: dict[Any, Lane] = {}  # by key, or by position where there is no key
+        self.in_hand = 0  # received and not yet durable
+        self.size = 0  # bytes of these
+        self.running = 0
+        self.sleeping = 0
+        self.paused = False
+        self.draining = False  # on its way to another member
+        self.gone = False
+
+    def lane(self, key: bytes | None, position: int) -> Lane:
+        name: Any = position if key is None else key
+        lane = self.lanes.get(name)
+        if lane is None:
+            lane = self.lanes[name] = Lane(self, key, position if key is None else None)
+        return lane
+
+    def drop(self, lane: Lane) -> None:
+        """Forgets a lane that has nothing left."""
+        self.lanes.pop(lane.position if lane.key is None else lane.key, None)

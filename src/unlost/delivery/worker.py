@@ -1,0 +1,810 @@
+"""One service at work in one process. `deliver` is the whole story of an event; the rest serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import heapq
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+from unlost.brokers.port import Arrivals, Assigned, Broker, Lost, Member, Revoked
+from unlost.delivery.context import AlreadyHandled, Context
+from unlost.delivery.fate import (
+    Dead,
+    Done,
+    Fate,
+    HandlerTimeout,
+    RetryAt,
+    Skip,
+    decide,
+    describe,
+    spent,
+)  # fmt: skip
+from unlost.delivery.lanes import Delivery, Lane, Owned
+from unlost.delivery.service import Handler, Service
+from unlost.delivery.settle import Settler
+from unlost.errors import Fenced, Undecodable
+from unlost.events import Envelope, content_hash, event_hash
+from unlost.events.topic import Unit
+from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
+from unlost.world import REAL, World
+
+log = logging.getLogger("unlost.worker")
+
+IN_HAND_MAX = 1024  # events of one unit that are received and not yet durable
+IN_HAND_BYTES_MAX = 16 * 1024 * 1024
+SHORT_WAIT_SECONDS = 5.0  # a retry that waits longer is kept in the store, so that the position moves on
+SLEEPING_MAX = 256  # keys of one unit that wait in memory
+RUNNERS_MAX = 1024
+RECENT_MAX = 50_000  # more than a process can have in hand: what is older is in the inbox when it is asked
+LOAD_MAX = 64  # rows of the waiting room in one read
+REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
+WATCH_SECONDS = 0.05  # precision of deadlines
+CANCEL_AGAIN_SECONDS = 1.0
+YIELD_EVERY = 32  # deliveries of one runner before others get their turn
+SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
+
+Probe = Callable[[str, Delivery], None]
+
+
+class Worker:
+    """Runs one service until it is stopped.
+
+    **Guarantee** an event leaves the service's hands only with a durable outcome.
+    **After a crash** another process of the service takes its units and delivers again what was not settled.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        broker: Broker,
+        store: Store,
+        *,
+        world: World = REAL,
+        probe: Probe | None = None,
+    ) -> None:
+        self.service = service
+        self.world = world
+        self.probe = probe
+        self.owned: dict[Unit, Owned] = {}
+        self.delivered = 0
+        self._broker = broker
+        self._store = store
+        self._settler = Settler(store, self._on_durable, self._on_fenced)
+        self._ready: deque[Lane] = deque()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._running: dict[int, _Running] = {}
+        self._active: dict[str, int] = dict.fromkeys((h.name for h in service.handlers.values()), 0)
+        self._held: dict[str, deque[Lane]] = {name: deque() for name in self._active}
+        self._timers: list[tuple[int, int, Lane]] = []
+        self._timer_set = asyncio.Event()
+        self._timer_count = 0
+        self._suspects = 0
+        self._stopping = False
+        self._member: Member | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._threads: ThreadPoolExecutor | None = None
+        self._failure: asyncio.Future[None] | None = None
+        self._recent: dict[tuple[str, str], int] = {}  # handled by this process lately, perhaps not yet durable
+
+    # --- the story ---------------------------------------------------------------------------------------
+
+    async def deliver(self, d: Delivery, run: _Running) -> None:
+        """One attempt to handle one event: decode, deduplicate, handle, decide, settle.
+
+        Dying on any line of it leaves the event unsettled in the log (or in the waiting room), to be delivered
+        again; only the store's commit in `settle` (or in the handler's own transaction) ends it.
+        """
+        handler, ctx = d.handler, None
+        fate: Fate | None = spent(d.attempts, handler.retry)
+        error: BaseException | None = None
+        if fate is None:
+            try:
+                event = self._decode(d)
+                fate = self._turned_away(d, event)
+                if fate is None:
+                    ctx = self._context(d)
+                    error = await self._handle(d, event, ctx, run)
+            except Exception as e:
+                error = e
+        self._reach("handled", d)
+        if ctx is not None and ctx.transaction_used is not None and ctx.transaction_used.finished:
+            failed = await ctx.transaction_used.settled()
+            if failed is None:
+                self._ended_by_transaction(d, ctx, error)
+                return
+            error = failed
+        if isinstance(error, AlreadyHandled):
+            fate = Skip("duplicate")
+        if isinstance(error, Fenced):
+            self._on_fenced(d.lane.owned)
+            return
+        if fate is None:
+            fate = decide(
+                error,
+                len(d.attempts) + 1,
+                handler.retry,
+                now=self.world.now(),
+                chance=self.world.random.random(),
+            )
+        self._settle(d, fate, error, ctx)
+
+    def _decode(self, d: Delivery) -> Any:
+        envelope = d.arrival.envelope
+        if envelope is None or d.cls is None:
+            raise Undecodable("UL5010", d.arrival.problem or "these bytes are no event")
+        return self.service.catalog.decode(envelope, d.cls)
+
+    def _turned_away(self, d: Delivery, event: Any) -> Fate | None:
+        """Duplicates, and what the handler's own rule does not want."""
+        if d.handler.guarantee == "effectively-once":
+            inbox = self._inbox(d)
+            content = d.seen if d.seen is not None else self._recent.get((inbox.source, inbox.id))
+            if content is not None:
+                if content == inbox.content:
+                    return Skip("duplicate")
+                text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
+                return Dead("id_reused", "", text, "")
+        if d.handler.where is not None and not d.handler.where(event):
+            return Skip("where")
+        return None
+
+    def _context(self, d: Delivery) -> Context:
+        envelope = d.arrival.envelope
+        assert envelope is not None
+        return Context(
+            envelope,
+            service=self.service.name,
+            handler=d.handler.name,
+            attempt=len(d.attempts) + 1,
+            now=self.world.now(),
+            unit=_DeliveryUnit(self, d),
+        )
+
+    async def _handle(self, d: Delivery, event: Any, ctx: Context, run: _Running) -> BaseException | None:
+        """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
+        handler = d.handler
+        args = (event, ctx) if handler.takes_context else (event,)
+        run.begin(d, self.world.monotonic(), alone=self._suspects > 0)
+        error: BaseException | None = None
+        try:
+            if handler.is_async:
+                await handler.function(*args)
+            else:
+                await self._in_thread(handler, args)
+        except asyncio.CancelledError as e:
+            if run.given_up:
+                ctx.close("the service stops")
+                raise
+            error = e  # whoever cancelled it: that is a failure, not a success
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:
+            error = e
+        finally:
+            if run.end() and not run.given_up:
+                error = HandlerTimeout(f"no result within its deadline of {handler.deadline:g} s")
+        ctx.close("its handler has ended" if error is None else f"its attempt failed: {describe(error)}")
+        return error
+
+    async def _in_thread(self, handler: Handler, args: tuple[Any, ...]) -> None:
+        if self._threads is None:
+            width = sum(h.concurrency for h in set(self.service.handlers.values())) + SPARE_THREADS
+            self._threads = ThreadPoolExecutor(width, thread_name_prefix=f"unlost-{self.service.name}")
+        call = functools.partial(copy_context().run, handler.function, *args)
+        result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        if asyncio.iscoroutine(result):
+            await result
+
+    def _settle(self, d: Delivery, fate: Fate, error: BaseException | None, ctx: Context | None) -> None:
+        """Hands the outcome to the settler, and moves the lane on."""
+        lane, owned = d.lane, d.lane.owned
+        outcome = Outcome(
+            arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, attempts=d.attempts
+        )
+        if isinstance(fate, Done):
+            outcome.publishes = ctx.published if ctx is not None else ()
+            if d.handler.guarantee == "effectively-once":
+                outcome.inbox = self._inbox(d)
+                self._remember(outcome.inbox)
+        elif isinstance(fate, Skip):
+            outcome.state, outcome.rule = "skipped", fate.rule
+        elif isinstance(fate, RetryAt):
+            self._retry(d, fate, error, outcome)
+            return
+        else:
+            if error is not None:
+                outcome.attempts = self._with_attempt(d, error)
+            parks = d.handler.on_dead == "park" and lane.key is not None and fate.reason != "id_reused"
+            outcome.state = "dead"
+            outcome.death = Death(
+                handler=d.handler.name, reason=fate.reason, error_type=fate.error_type,
+                error=fate.error, stack=fate.stack, parks=parks,
+            )  # fmt: skip
+            log.error(
+                "%s %s:%d %s is dead (%s): %s", self.service.name, owned.unit.topic, d.position,
+                d.arrival.envelope.type if d.arrival.envelope else "undecodable bytes", fate.reason, fate.error,
+            )  # fmt: skip
+            if parks:
+                lane.blocked, lane.due = True, None
+        self._take_from_lane(d)
+        self._settler.put(owned, outcome)
+        if lane.blocked:
+            self._park_queue(lane)
+
+    def _retry(self, d: Delivery, fate: RetryAt, error: BaseException | None, outcome: Outcome) -> None:
+        """A short wait is held in memory; a longer one, or too many, moves the key into the store."""
+        lane, owned = d.lane, d.lane.owned
+        if error is not None and fate.spends_attempt:
+            d.attempts = outcome.attempts = self._with_attempt(d, error)
+        wait = (fate.due - self.world.now()) / 1e6
+        if error is not None:
+            log.warning("%s %s:%d attempt %d failed, next in %.1f s: %s", self.service.name, owned.unit.topic,
+                        d.position, len(d.attempts), wait, describe(error))  # fmt: skip
+        if wait <= SHORT_WAIT_SECONDS and owned.sleeping < SLEEPING_MAX:
+            lane.sleeping = True
+            owned.sleeping += 1
+            lane.due = fate.due
+            outcome.state, outcome.due = ("retrying", fate.due) if d.waited else ("attempted", None)
+            self._settler.put(owned, outcome)
+            self._set_timer(fate.due, lane)
+            return
+        outcome.state, outcome.due = "retrying", fate.due
+        self._take_from_lane(d)
+        lane.stored = lane.blocked = True
+        lane.due = fate.due
+        self._settler.put(owned, outcome)
+        self._park_queue(lane)
+        self._set_timer(fate.due, lane)
+
+    def _ended_by_transaction(self, d: Delivery, ctx: Context, error: BaseException | None) -> None:
+        """The handler's own transaction has settled the delivery; what came after it cannot undo that."""
+        if error is not None:
+            log.error("%s: the handler failed after its transaction was committed; the event is done: %s",
+                      self.service.name, describe(error), exc_info=error)  # fmt: skip
+        self._take_from_lane(d)
+        if d.handler.guarantee == "effectively-once":
+            self._remember(self._inbox(d))
+        self._on_durable(d.lane.owned, Outcome(arrival=d.arrival, state="done", waited=d.waited))
+
+    def _with_attempt(self, d: Delivery, error: BaseException) -> list[Attempt]:
+        return [*d.attempts, Attempt(len(d.attempts) + 1, self.world.now(), describe(error))]
+
+    def _inbox(self, d: Delivery) -> Inbox:
+        e = d.arrival.envelope
+        assert e is not None
+        return Inbox(e.id, e.source, content_hash(e.type, e.data))
+
+    def _remember(self, inbox: Inbox) -> None:
+        self._recent[inbox.source, inbox.id] = inbox.content
+        if len(self._recent) > RECENT_MAX:
+            del self._recent[next(iter(self._recent))]
+
+    def _reach(self, step: str, d: Delivery) -> None:
+        if self.probe is not None:
+            self.probe(step, d)
+
+    # --- receiving ---------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Works until `stop`, or until the store or the broker fails for good (then it raises that)."""
+        self._member = await self._broker.join(self.service.name, sorted(self.service.topics))
+        self._failure = asyncio.get_running_loop().create_future()
+        self._receiving = self._spawn(self._receive())
+        self._settling = self._spawn(self._settler.run())
+        for job in (self._keep_time(), self._watch(), self._serve_operators()):
+            self._spawn(job)
+        runners = sum(handler.concurrency for handler in set(self.service.handlers.values()))
+        for _ in range(min(runners, RUNNERS_MAX)):
+            self._spawn(self._run_lanes())
+        try:
+            await self._failure
+        except Exception:
+            await self._abandon()
+            raise
+
+    def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task of this worker; if it fails, the worker fails."""
+        task = asyncio.create_task(job)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self._failure is not None:
+            if not self._failure.done():
+                self._failure.set_exception(task.exception())  # type: ignore[arg-type]
+            else:
+                log.error("%s: %s", self.service.name, task.exception())
+
+    async def _receive(self) -> None:
+        assert self._member is not None
+        while True:
+            for change in await self._member.receive():
+                if isinstance(change, Arrivals):
+                    self._take_in(change)
+                elif isinstance(change, Assigned):
+                    await self._assigned(change.units)
+                elif isinstance(change, Revoked):
+                    self._spawn(self._give_back(change.units))
+                elif isinstance(change, Lost):
+                    for unit in change.units:
+                        if unit in self.owned:
+                            self._on_fenced(self.owned[unit])
+            await asyncio.sleep(0)
+
+    async def _assigned(self, units: Sequence[Unit]) -> None:
+        """Fences the owner before us, then takes up where it was saved."""
+        assert self._member is not None
+        for taken in await self._store.take(units):
+            owned = self.owned[taken.unit] = Owned(taken)
+            self._suspects += len(owned.suspects)
+            for key, due in taken.waiting.items():
+                lane = owned.lane(key, -1)
+                lane.stored, lane.blocked, lane.due = True, True, due
+                if due is not None:
+                    self._set_timer(due, lane)
+            for position, due in taken.keyless.items():
+                lane = owned.lane(None, position)
+                lane.stored, lane.blocked, lane.due = True, True, due
+                self._set_timer(due, lane)
+            self._member.seek(taken.unit, taken.position)
+
+    def _take_in(self, arrivals: Arrivals) -> None:
+        owned = self.owned.get(arrivals.unit)
+        if owned is None or owned.gone or owned.draining:
+            return
+        fated, handlers = owned.taken.fated, self.service.handlers
+        seen = self._seen(arrivals)
+        for arrival in arrivals.events:
+            if arrival.position in fated:
+                continue
+            owned.in_hand += 1
+            owned.size += arrival.size
+            envelope = arrival.envelope
+            digest = 0 if envelope is None else event_hash(envelope.source, envelope.id)
+            handler = self._undecodable if envelope is None else handlers.get(envelope.type)
+            if handler is None:
+                self._settler.put(
+                    owned, Outcome(arrival=arrival, state="skipped", rule="no handler", event_hash=digest)
+                )
+                continue
+            cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
+            lane = owned.lane(arrival.key, arrival.position)
+            suspect = arrival.position in owned.suspects
+            delivery = Delivery(
+                lane, arrival, handler, cls, digest, owned.attempts.pop(arrival.position, []),
+                waited=False, suspect=suspect,
+            )  # fmt: skip
+            if seen and envelope is not None:
+                delivery.seen = seen.get((envelope.source, envelope.id))
+            if lane.blocked:
+                self._park(delivery)
+            else:
+                lane.queue.append(delivery)
+                self._start(lane)
+        if owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX:
+            owned.paused = True
+            assert self._member is not None
+            self._member.pause(owned.unit)
+
+    def _seen(self, arrivals: Arrivals) -> dict[tuple[str, str], int]:
+        """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
+        if not self._once_types:
+            return {}
+        wanted = [
+            Inbox(a.envelope.id, a.envelope.source, 0)
+            for a in arrivals.events
+            if a.envelope is not None and a.envelope.type in self._once_types
+        ]
+        return self._store.seen(self.service.name, wanted)
+
+    @functools.cached_property
+    def _once_types(self) -> set[str]:
+        return {type for type, h in self.service.handlers.items() if h.guarantee == "effectively-once"}
+
+    @functools.cached_property
+    def _undecodable(self) -> Handler:
+        """Bytes that are no event have no type, so they get the service's own policy."""
+        s = self.service
+        return Handler(
+            name="", function=lambda event: None, takes_context=False, is_async=False, where=None,
+            guarantee="at-least-once", on_dead=s.on_dead, deadline=s.deadline, retry=s.retry, concurrency=1024,
+        )  # fmt: skip
+
+    # --- lanes and runners -------------------------------------------------------------------------------
+
+    def _start(self, lane: Lane) -> None:
+        if lane.startable:
+            lane.ready = True
+            self._ready.append(lane)
+            self._wake_runner()
+
+    def _wake_runner(self) -> None:
+        while self._idle:
+            future = self._idle.popleft()
+            if not future.done():
+                future.set_result(None)
+                return
+
+    async def _run_lanes(self) -> None:
+        """A runner: takes a lane, delivers its head, puts the lane back. As many as events may be handled at once."""
+        run = _Running(self._store.hands())
+        self._running[id(run)] = run
+        task = asyncio.current_task()
+        assert task is not None
+        run.task = task
+        count = 0
+        while True:
+            lane = self._choose()
+            if lane is None:
+                future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._idle.append(future)
+                await future
+                continue
+            owned = lane.owned
+            lane.running = True
+            owned.running += 1
+            run.lane = lane
+            try:
+                if lane.head is None:
+                    await self._load(lane)
+                d = lane.head
+                if d is not None and not owned.gone:
+                    held = self._held_back(lane, d)
+                    if not held:
+                        await self._run_one(d, run)
+                        self.delivered += 1
+            finally:
+                run.lane = None
+                lane.running = False
+                owned.running -= 1
+                self._changed.set()
+            if lane.empty:
+                owned.drop(lane)
+            else:
+                self._start(lane)
+            if self._ready:
+                self._wake_runner()
+            count += 1
+            if self._settler.full:
+                await self._settler.room()
+            if count % YIELD_EVERY == 0:
+                await asyncio.sleep(0)
+
+    def _choose(self) -> Lane | None:
+        """The next lane to run. While events are suspected of killing their process, one at a time, those first."""
+        if self._stopping or not self._ready:
+            return None
+        if self._suspects:
+            if any(run.lane is not None for run in self._running.values()):
+                return None
+            for lane in self._ready:
+                if any(d.suspect for d in lane.queue) or any(d.suspect for d in lane.loaded):
+                    self._ready.remove(lane)
+                    lane.ready = False
+                    return lane
+        lane = self._ready.popleft()
+        lane.ready = False
+        return lane
+
+    def _held_back(self, lane: Lane, d: Delivery) -> bool:
+        """Whether the handler has as many events in hand as it may; the lane then waits for one of them."""
+        if self._active.get(d.handler.name, 0) < d.handler.concurrency:
+            return False
+        self._held[d.handler.name].append(lane)
+        lane.ready = True  # queued: just not with the others
+        return True
+
+    async def _run_one(self, d: Delivery, run: _Running) -> None:
+        name = d.handler.name
+        self._active[name] = self._active.get(name, 0) + 1
+        try:
+            await self.deliver(d, run)
+            if self._suspects:
+                await self._settler.flush()
+        finally:
+            self._active[name] -= 1
+            held = self._held.get(name)
+            if held:
+                lane = held.popleft()
+                lane.ready = False
+                self._start(lane)
+
+    async def _load(self, lane: Lane) -> None:
+        """Reads the lane's next rows of the waiting room; when there are none left, the key is free again."""
+        owned = lane.owned
+        await self._settler.flush()
+        rows = await self._store.waiting(owned.unit, lane.key, lane.position, LOAD_MAX)
+        if not rows:
+            lane.stored = False
+            return
+        for row in rows:
+            lane.loaded.append(self._from_waiting(lane, row))
+
+    def _from_waiting(self, lane: Lane, row: Waiting) -> Delivery:
+        arrival, owned = row.arrival, lane.owned
+        envelope = arrival.envelope
+        handler = None if envelope is None else self.service.handlers.get(envelope.type)
+        cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
+        return Delivery(
+            lane, arrival, handler or self._undecodable, cls, 0, list(row.attempts),
+            waited=True, suspect=arrival.position in owned.suspects,
+        )  # fmt: skip
+
+    def _take_from_lane(self, d: Delivery) -> None:
+        (d.lane.loaded if d.waited else d.lane.queue).popleft()
+
+    def _park_queue(self, lane: Lane) -> None:
+        """The rest of a blocked key waits behind its head, in the store."""
+        lane.loaded.clear()  # these rows are in the waiting room already
+        while lane.queue:
+            self._park(lane.queue.popleft())
+
+    def _park(self, d: Delivery) -> None:
+        d.lane.stored = True
+        self._settler.put(
+            d.lane.owned,
+            Outcome(arrival=d.arrival, state="parked", event_hash=d.event_hash, attempts=d.attempts),
+        )
+
+    # --- after settling ----------------------------------------------------------------------------------
+
+    def _on_durable(self, owned: Owned, outcome: Outcome) -> None:
+        if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
+            owned.suspects.discard(outcome.arrival.position)
+            self._suspects -= 1
+            if not self._suspects:
+                for _ in range(len(self._ready)):
+                    self._wake_runner()
+        if outcome.state == "attempted" or outcome.waited:
+            return
+        owned.in_hand -= 1
+        owned.size -= outcome.arrival.size
+        if owned.paused and owned.in_hand < IN_HAND_MAX // 2 and owned.size < IN_HAND_BYTES_MAX // 2:
+            owned.paused = False
+            if self._member is not None and not owned.gone:
+                self._member.resume(owned.unit)
+
+    def _on_fenced(self, owned: Owned) -> None:
+        """Somebody else owns the unit. Its events are theirs; what our handlers still do is not settled."""
+        if not owned.gone:
+            log.warning("%s was taken by another process (our epoch was %d)", owned.unit, owned.epoch)
+        self._forget(owned)
+
+    def _forget(self, owned: Owned) -> None:
+        owned.gone = True
+        self._suspects -= len(owned.suspects)
+        owned.suspects.clear()
+        if self.owned.get(owned.unit) is owned:
+            del self.owned[owned.unit]
+        self._changed.set()
+
+    # --- time --------------------------------------------------------------------------------------------
+
+    def _set_timer(self, due: int, lane: Lane) -> None:
+        self._timer_count += 1
+        heapq.heappush(self._timers, (due, self._timer_count, lane))
+        self._timer_set.set()
+
+    async def _keep_time(self) -> None:
+        """Wakes lanes whose time has come: the one clock for retries in memory and in the waiting room."""
+        while True:
+            self._timer_set.clear()
+            now = self.world.now()
+            while self._timers and self._timers[0][0] <= now:
+                due, _, lane = heapq.heappop(self._timers)
+                if lane.owned.gone or lane.due != due:
+                    continue
+                lane.due = None
+                if lane.sleeping:
+                    lane.owned.sleeping -= 1
+                lane.sleeping = lane.blocked = False
+                self._start(lane)
+            if self._timers:
+                await self.world.wait_until(self._timers[0][0], self._timer_set)
+            else:
+                await self._timer_set.wait()
+
+    async def _watch(self) -> None:
+        """Ends handlers that are past their deadline."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = self.world.monotonic()
+            for run in self._running.values():
+                run.check(now)
+
+    # --- operators ---------------------------------------------------------------------------------------
+
+    async def _serve_operators(self) -> None:
+        """Carries out redrives and discards: only the owner may, because it knows what of the key is in hand."""
+        while True:
+            await asyncio.sleep(REQUESTS_SECONDS)
+            if self._stopping:
+                continue
+            for request in self._store.requests(self.service.name):
+                owned = self.owned.get(request.unit)
+                if owned is None or owned.gone or owned.draining:
+                    continue
+                try:
+                    carried_out = await self._store.carry_out(request, owned.epoch)
+                except Fenced:
+                    self._on_fenced(owned)
+                    continue
+                if not carried_out or owned.gone:
+                    continue
+                lane = owned.lane(request.key, request.position)
+                if request.action == "redrive":
+                    lane.stored = True
+                if lane.due is None:  # it stood behind this dead letter, or did not stand at all
+                    lane.blocked = False
+                self._start(lane)
+                if lane.empty:
+                    owned.drop(lane)
+
+    # --- leaving -----------------------------------------------------------------------------------------
+
+    async def _give_back(self, units: Sequence[Unit]) -> None:
+        """Hands units to another member: what runs may end, what has not begun is theirs."""
+        leaving = [self.owned[unit] for unit in units if unit in self.owned]
+        for owned in leaving:
+            self._drop_queued(owned)
+        while any(owned.running for owned in leaving):
+            self._changed.clear()
+            await self._changed.wait()
+        await self._settler.flush()
+        await self._store.give([(o.unit, o.epoch) for o in leaving if not o.gone])
+        for owned in leaving:
+            self._forget(owned)
+        assert self._member is not None
+        await self._member.release(units)
+
+    def _drop_queued(self, owned: Owned) -> None:
+        """Keeps only what is in a handler; the queues are still in the log and in the waiting room."""
+        owned.draining = True
+        for lane in list(owned.lanes.values()):
+            running = lane.head if lane.running else None
+            lane.queue = deque([running] if running is not None and not running.waited else [])
+            lane.loaded = deque([running] if running is not None and running.waited else [])
+            lane.stored = False
+            lane.blocked = True
+            if lane.ready:
+                lane.ready = False
+                for queue in (self._ready, *self._held.values()):
+                    with contextlib.suppress(ValueError):
+                        queue.remove(lane)
+
+    async def stop(self, grace: float = 20.0) -> None:
+        """Finishes what is in the handlers' hands, or gives it back; saves; leaves the group.
+
+        **After a crash** in the middle of it, it is as if it had never been called.
+        """
+        if self._stopping or self._failure is None:
+            self._stopping = True
+            return
+        self._stopping = True
+        self._receiving.cancel()
+        for owned in self.owned.values():
+            self._drop_queued(owned)
+        try:
+            async with asyncio.timeout(grace):
+                while any(run.lane is not None for run in self._running.values()):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            log.warning(
+                "%s: some handlers did not end within %g s; their events are given back",
+                self.service.name,
+                grace,
+            )
+        for run in self._running.values():
+            run.given_up = True
+        others = [task for task in self._tasks if task is not self._settling]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        flushed = asyncio.ensure_future(self._settler.flush())
+        await asyncio.wait([flushed, self._settling], return_when=asyncio.FIRST_COMPLETED)
+        flushed.cancel()
+        try:
+            if not self._settling.done():
+                await self._store.give([(o.unit, o.epoch) for o in self.owned.values()])
+                if self._member is not None:
+                    await self._member.close()
+        finally:
+            await self._abandon()
+            if not self._failure.done():
+                self._failure.set_result(None)
+
+    async def _abandon(self) -> None:
+        """Ends all tasks where they are. What they had in hand stays where it was saved last."""
+        for run in self._running.values():
+            run.given_up = True
+        self._stopping = True
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for run in self._running.values():
+            run.close()
+        self._running.clear()
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Running:
+    """What one runner has in hand; noted where it survives `kill -9`."""
+
+    def __init__(self, hands: Hands) -> None:
+        self._hands = hands
+        self.task: asyncio.Task[None] | None = None
+        self.lane: Lane | None = None
+        self.given_up = False
+        self._delivery: Delivery | None = None
+        self._since = 0.0
+        self._cancelled = 0.0
+        self._cancels = 0
+
+    def begin(self, d: Delivery, now: float, *, alone: bool) -> None:
+        self._since, self._cancels = now, 0
+        self._delivery = d
+        self._hands.take_up(d.lane.owned.taken.address, d.position, alone)
+
+    def end(self) -> bool:
+        """True if the handler was past its deadline."""
+        self._delivery = None
+        self._hands.put_down()
+        for _ in range(self._cancels):
+            assert self.task is not None
+            self.task.uncancel()
+        return self._cancels > 0
+
+    def check(self, now: float) -> None:
+        """Cancels a handler that is past its deadline; again, if it does not listen."""
+        d = self._delivery
+        if d is None or self.task is None or now - self._since < d.handler.deadline:
+            return
+        if self._cancels == 0 or now - self._cancelled >= CANCEL_AGAIN_SECONDS:
+            self._cancelled = now
+            self._cancels += 1
+            self.task.cancel()
+
+    def close(self) -> None:
+        self._hands.close()
+
+
+class _DeliveryUnit:
+    """The delivery's side of `ctx.transaction()`: inbox mark and settlement inside the user's commit."""
+
+    def __init__(self, worker: Worker, d: Delivery) -> None:
+        self._worker = worker
+        self._d = d
+
+    def open_block(
+        self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
+    ) -> Block:
+        return self._worker._store.block(wake, committed)
+
+    def enter_block(self, block: Block) -> None:
+        owned, d = self._d.lane.owned, self._d
+        inbox = self._worker._inbox(d) if d.handler.guarantee == "effectively-once" else None
+        if not self._worker._store.enter(block, owned.unit, owned.epoch, inbox):
+            raise AlreadyHandled()
+
+    def finish_block(self, block: Block, publishes: list[Envelope]) -> None:
+        d, owned = self._d, self._d.lane.owned
+        outcome = Outcome(
+            arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, publishes=publishes
+        )
+        if d.handler.guarantee == "effectively-once":
+            outcome.inbox = self._worker._inbox(d)
+        self._worker._store.finish(block, Settlement(owned.unit, owned.epoch, [outcome]))
+        self._worker._reach("committing", d)
