@@ -31,6 +31,10 @@ class World:
     def monotonic(self) -> float:
         return time.monotonic()
 
+    def pause(self, seconds: float) -> None:
+        """Blocks this thread."""
+        time.sleep(seconds)
+
     async def wait_until(self, due: int, wake: asyncio.Event) -> None:
         """Returns when wall-clock time reaches `due` (microseconds) or `wake` is set, whichever is first."""
         seconds = (due - self.now()) / 1e6

@@ -199,9 +199,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], list[str]]:
             "ledger": places(f"select {place}, state, id from unlost_ledger"),
             "waiting": places(f"select {place}, key, attempt from unlost_waiting"),
             "shelf": places(f"select {place}, reason, id, request from unlost_shelf"),
-            "operations": {
-                n: done for n, done in db.execute("select number, carried_out is not null from unlost_operation")
-            },
+            "operations": dict(db.execute("select number, carried_out is not null from unlost_operation")),
             "sales": dict(db.execute("select id, cents from sales")) if has_sales else {},
         }, wrong
     finally:
@@ -349,45 +347,47 @@ class Workload:
 
     async def settle_waiting(self, unit: Unit) -> None:
         """The first event of the waiting room is done at last."""
-        for at in sorted(p for u, p in self.model.waiting if u == unit)[:1]:
-            key = self.model.waiting[unit, at][0]
-            (waiting, *_) = await self.store.waiting(unit, key, at, 1)
-            a = waiting.arrival
-            assert a.envelope is not None
-            o = Outcome(arrival=a, state="done", waited=True, inbox=inbox_of(a.envelope))
-            await self.step(
-                f"settle waiting {unit}:{a.position}",
-                self.store.settle([Settlement(unit, self.model.epochs[unit], [o])]),
-                lambda _: self.model.settle(unit, o),
-            )
+        here = sorted(p for u, p in self.model.waiting if u == unit)
+        if not here:
+            return
+        key = self.model.waiting[unit, here[0]][0]
+        (waiting, *_) = await self.store.waiting(unit, key, here[0], 1)
+        a = waiting.arrival
+        assert a.envelope is not None
+        o = Outcome(arrival=a, state="done", waited=True, inbox=inbox_of(a.envelope))
+        await self.step(
+            f"settle waiting {unit}:{a.position}",
+            self.store.settle([Settlement(unit, self.model.epochs[unit], [o])]),
+            lambda _: self.model.settle(unit, o),
+        )
 
     async def block(self, unit: Unit) -> None:
         """A row of the user, an event of the handler, the inbox mark and the position: one commit."""
-        for a in await self.arrivals(unit, self.unfated(unit)[:1]):
-            assert a.envelope is not None
-            sale, cents = a.envelope.id, self.chance.randrange(10_000)
-            out = self.events("invoice", 2)
-            o = Outcome(
-                arrival=a, state="done", event_hash=event_hash("shop", a.envelope.id), inbox=inbox_of(a.envelope)
-            )
-            settlement = Settlement(unit, self.model.epochs[unit], [o])
+        first = await self.arrivals(unit, self.unfated(unit)[:1])
+        if not first:
+            return
+        a, out, cents = first[0], self.events("invoice", 2), self.chance.randrange(10_000)
+        assert a.envelope is not None
+        sale = a.envelope.id
+        o = Outcome(arrival=a, state="done", event_hash=event_hash("shop", sale), inbox=inbox_of(a.envelope))
+        settlement = Settlement(unit, self.model.epochs[unit], [o])
 
-            def body(block: Block, a: Arrival = a, sale: str = sale, cents: int = cents) -> list[Receipt]:
-                block.execute("create table if not exists sales (id text primary key, cents integer)")
-                block.execute("insert into sales values (?, ?)", (sale, cents))
-                places = block.run(lambda tx: tx.append(out))
-                block.finish(lambda tx: self.store.settle_in(tx, settlement))
-                return [
-                    Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
-                    for e, p in zip(out, places, strict=True)
-                ]
+        def body(block: Block) -> list[Receipt]:
+            block.execute("create table if not exists sales (id text primary key, cents integer)")
+            block.execute("insert into sales values (?, ?)", (sale, cents))
+            places = block.run(lambda tx: tx.append(out))
+            block.finish(lambda tx: self.store.settle_in(tx, settlement))
+            return [
+                Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
+                for e, p in zip(out, places, strict=True)
+            ]
 
-            def change(receipts: list[Receipt]) -> None:
-                self.model.sales[sale] = cents
-                self.model.publish(receipts, out)
-                self.model.settle(unit, o)
+        def change(receipts: list[Receipt]) -> None:
+            self.model.sales[sale] = cents
+            self.model.publish(receipts, out)
+            self.model.settle(unit, o)
 
-            await self.step(f"block of {unit}:{a.position}", run_block(self.file, body), change)
+        await self.step(f"block of {unit}:{a.position}", run_block(self.file, body), change)
 
     async def operate(self, action: Any) -> None:
         """An operator asks for a dead letter; the owner of its unit carries it out."""

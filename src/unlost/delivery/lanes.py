@@ -107,7 +107,7 @@ class Lane:
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -116,6 +116,7 @@ class Owned:
         self.attempts: dict[int, list[Attempt]] = dict(taken.attempts)
         self.suspects = set(taken.suspects)
         self.lanes: dict[Any, Lane] = {}  # by key, or by position where there is no key
+        self.aside = taken.aside  # in the waiting room and on the shelf
         self.in_hand = 0  # received and not yet durable
         self.size = 0  # bytes of these
         self.running = 0

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, get_args, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, overload
 
 from unlost.config import duration
 from unlost.delivery.context import Context
@@ -24,10 +24,21 @@ B = TypeVar("B", bound=Event)
 C = TypeVar("C", bound=Event)
 Result = None | Awaitable[None]
 Handles = Callable[[A], Result] | Callable[[A, Context], Result]
-F = TypeVar("F", bound=Callable[..., Any])
 
 CONCURRENCY_MAX = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Policy(TypedDict, total=False):
+    """What a handler may say otherwise than its service, and what only a handler has: `where` and its `name`."""
+
+    where: Callable[[Any], bool] | None
+    guarantee: Guarantee
+    on_dead: OnDead
+    deadline: str | float | timedelta
+    retry: Retry
+    concurrency: int
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,25 +105,17 @@ class Service:
         return f"Service({self.name!r}, {len(self.handlers)} event types)"
 
     @overload
-    def on(self, first: type[A], /, **policy: Any) -> Callable[[Handles[A]], Handles[A]]: ...
-    @overload
-    def on(self, first: type[A], second: type[B], /, **policy: Any) -> Callable[[Handles[A | B]], Handles[A | B]]: ...
+    def on(self, first: type[A], /, **policy: Unpack[Policy]) -> Callable[[Handles[A]], Handles[A]]: ...
     @overload
     def on(
-        self, first: type[A], second: type[B], third: type[C], /, **policy: Any
+        self, first: type[A], second: type[B], /, **policy: Unpack[Policy]
+    ) -> Callable[[Handles[A | B]], Handles[A | B]]: ...
+    @overload
+    def on(
+        self, first: type[A], second: type[B], third: type[C], /, **policy: Unpack[Policy]
     ) -> Callable[[Handles[A | B | C]], Handles[A | B | C]]: ...
 
-    def on(
-        self,
-        *types: type[Event],
-        where: Callable[[Any], bool] | None = None,
-        guarantee: Guarantee | None = None,
-        on_dead: OnDead | None = None,
-        deadline: str | float | timedelta | None = None,
-        retry: Retry | None = None,
-        concurrency: int | None = None,
-        name: str | None = None,
-    ) -> Callable[[F], F]:
+    def on(self, *types: type[Event], **policy: Unpack[Policy]) -> Callable[[Any], Any]:
         """Registers a handler for one event type, or for up to three.
 
         `where` routes by content: what it turns away is counted as `skipped(where)`.
@@ -129,20 +132,25 @@ class Service:
                 fix="@service.on(OrderPlaced)",
             )
 
-        def register(function: F) -> F:
-            takes_context = _takes_context(function)
+        unknown = set(policy) - set(Policy.__annotations__)
+        if unknown:
+            raise UsageError(
+                "UL1209", f"`on` knows {', '.join(Policy.__annotations__)}", found=", ".join(sorted(unknown))
+            )
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
             handler = Handler(
-                name=name or getattr(function, "__name__", type(function).__name__),
+                name=policy.get("name") or str(getattr(function, "__name__", type(function).__name__)),
                 function=function,
-                takes_context=takes_context,
+                takes_context=_takes_context(function),
                 is_async=inspect.iscoroutinefunction(function)
                 or inspect.iscoroutinefunction(getattr(function, "__call__", None)),  # noqa: B004
-                where=where,
-                guarantee=_checked_guarantee(guarantee or self.guarantee),
-                on_dead=_checked("on_dead", on_dead or self.on_dead, get_args(OnDead)),
-                deadline=self.deadline if deadline is None else _checked_deadline(deadline),
-                retry=retry or self.retry,
-                concurrency=self.concurrency if concurrency is None else _checked_concurrency(concurrency),
+                where=policy.get("where"),
+                guarantee=_checked_guarantee(policy.get("guarantee", self.guarantee)),
+                on_dead=_checked("on_dead", policy.get("on_dead", self.on_dead), get_args(OnDead)),
+                deadline=_checked_deadline(policy.get("deadline", self.deadline)),
+                retry=policy.get("retry", self.retry),
+                concurrency=_checked_concurrency(policy.get("concurrency", self.concurrency)),
             )
             for cls in types:
                 self._add(cls, handler)

@@ -39,6 +39,7 @@ log = logging.getLogger("unlost.worker")
 
 IN_HAND_MAX = 1024  # events of one unit that are received and not yet durable
 IN_HAND_BYTES_MAX = 16 * 1024 * 1024
+ASIDE_MAX = 100_000  # events of one unit in the waiting room and on the shelf
 SHORT_WAIT_SECONDS = 5.0  # a retry that waits longer is kept in the store, so that the position moves on
 SLEEPING_MAX = 256  # keys of one unit that wait in memory
 RUNNERS_MAX = 1024
@@ -391,10 +392,7 @@ class Worker:
             else:
                 lane.queue.append(delivery)
                 self._start(lane)
-        if owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX:
-            owned.paused = True
-            assert self._member is not None
-            self._member.pause(owned.unit)
+        self._throttle(owned)
 
     def _seen(self, arrivals: Arrivals) -> dict[tuple[str, str], int]:
         """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
@@ -458,7 +456,7 @@ class Worker:
                 if lane.head is None:
                     await self._load(lane)
                 d = lane.head
-                if d is not None and not owned.gone:
+                if d is not None and not owned.gone and not owned.draining:
                     held = self._held_back(lane, d)
                     if not held:
                         await self._run_one(d, run)
@@ -565,14 +563,35 @@ class Worker:
             if not self._suspects:
                 for _ in range(len(self._ready)):
                     self._wake_runner()
-        if outcome.state == "attempted" or outcome.waited:
+        if outcome.state == "attempted":
             return
-        owned.in_hand -= 1
-        owned.size -= outcome.arrival.size
-        if owned.paused and owned.in_hand < IN_HAND_MAX // 2 and owned.size < IN_HAND_BYTES_MAX // 2:
+        put_aside = outcome.state in ("dead", "retrying", "parked")
+        if outcome.waited:
+            owned.aside -= 0 if put_aside else 1
+        else:
+            owned.aside += 1 if put_aside else 0
+            owned.in_hand -= 1
+            owned.size -= outcome.arrival.size
+        self._throttle(owned)
+
+    def _throttle(self, owned: Owned) -> None:
+        """Back-pressure: at a bound the unit pauses, nothing is dropped; well below it, it goes on."""
+        if self._member is None or owned.gone:
+            return
+        if not owned.paused:
+            if owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX or owned.aside >= ASIDE_MAX:
+                owned.paused = True
+                self._member.pause(owned.unit)
+                if owned.aside >= ASIDE_MAX:
+                    log.error("%s pauses: %d events wait or are dead; redrive or discard some", owned.unit, owned.aside)
+        elif (
+            owned.in_hand < IN_HAND_MAX // 2
+            and owned.size < IN_HAND_BYTES_MAX // 2
+            and owned.aside < ASIDE_MAX
+            and not owned.draining
+        ):
             owned.paused = False
-            if self._member is not None and not owned.gone:
-                self._member.resume(owned.unit)
+            self._member.resume(owned.unit)
 
     def _on_fenced(self, owned: Owned) -> None:
         """Somebody else owns the unit. Its events are theirs; what our handlers still do is not settled."""
@@ -582,6 +601,7 @@ class Worker:
 
     def _forget(self, owned: Owned) -> None:
         owned.gone = True
+        self._recent.clear()  # what was not durable yet is not handled: its next owner may be we ourselves
         self._suspects -= len(owned.suspects)
         owned.suspects.clear()
         if self.owned.get(owned.unit) is owned:
@@ -644,6 +664,9 @@ class Worker:
                 lane = owned.lane(request.key, request.position)
                 if request.action == "redrive":
                     lane.stored = True
+                else:
+                    owned.aside -= 1
+                    self._throttle(owned)
                 if lane.due is None:  # it stood behind this dead letter, or did not stand at all
                     lane.blocked = False
                 self._start(lane)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import fcntl
 import os
 import queue
@@ -30,7 +31,7 @@ from unlost.sqlite.bell import Bell
 from unlost.sqlite.marks import Marks, read_marks
 from unlost.sqlite.schema import APPLICATION_ID, FORMAT, TABLES
 from unlost.sqlite.transaction import Transaction
-from unlost.sqlite.turn import Block, Guard, Turn
+from unlost.sqlite.turn import Block, Guard, Ruined, Turn
 from unlost.world import REAL, World, boot_id, new_id
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ OPEN_SECONDS_MAX = 10.0  # how long opening waits for another process that holds
 BUSY_MS = 5000
 _HOUSEKEEPING_SECONDS = 1.0
 _STOP = object()
+_ANY = (OSError, apsw.Error)
 _FATAL = (
     apsw.FullError,
     apsw.IOError,
@@ -71,7 +73,7 @@ class _Operation:
 class File:
     """An open file. All writing goes through `write`, all reading through `read`."""
 
-    def __init__(self, path: Path, *, world: World = REAL, vfs: str = "") -> None:
+    def __init__(self, path: Path, *, world: World = REAL, vfs: str = "", check_tail: bool = True) -> None:
         """Opens the file, or makes it.
 
         Raises:
@@ -95,11 +97,14 @@ class File:
         self._read_lock = threading.RLock()
         self._closed = False
         self.guard = Guard()
-        self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._submitting = threading.Lock()
         self._lock_fd = guards.open_lock(self.path.with_suffix(".lock"))
+        self._connections: list[apsw.Connection] = []
         try:
-            self._open()
-        except BaseException:
+            self._open(check_tail)
+        except BaseException:  # a refused file is let go at once, or the next attempt would find it in use
+            for connection in self._connections:
+                connection.close(True)
             os.close(self._lock_fd)
             raise
         guards.protect(self.path)
@@ -110,19 +115,21 @@ class File:
 
     # --- opening -----------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self, check_tail: bool) -> None:
         guards.lock_within(self._lock_fd, OPEN_SECONDS_MAX, self.path)
         try:
-            marks = read_marks(self.marks_path)
-            self.created = guards.make_file(self.path, marks)
             with guards.explained(self.path):
+                self.run_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                marks = read_marks(self.marks_path)
+                self.created = guards.make_file(self.path, marks)
                 self._writer = self._connect()
                 self._writer.authorizer = self.guard
                 self._reader = self._connect()
                 self._tx = Transaction(self._writer, self.world)
-                self._prepare()
+                self._prepare(marks)
                 guards.check_marks(self.path, marks, self.store_id, self._commits)
-                guards.check_tail(self.path, self._writer, thorough=self._died())
+                if check_tail:  # an audit must be able to look at what is wrong
+                    guards.check_tail(self.path, self._writer, thorough=self._died())
                 self._register()
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
@@ -130,6 +137,7 @@ class File:
     def _connect(self) -> apsw.Connection:
         flags = apsw.SQLITE_OPEN_READWRITE
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self.vfs or None)
+        self._connections.append(connection)
         connection.set_busy_timeout(BUSY_MS)
         wanted = {"journal_mode": "wal", "synchronous": 2, "mmap_size": 0, "cell_size_check": 1}
         if guards.DARWIN:
@@ -137,15 +145,19 @@ class File:
         for name, value in wanted.items():
             connection.pragma(name, value)
             if connection.pragma(name) not in (value, None):
-                raise UsageError("UL1110", f"SQLite did not take {name}={value}", found=str(connection.pragma(name)))
+                raise UsageError(
+                    "UL1110", f"SQLite did not take {name}={value}", found=str(connection.pragma(name)),
+                    fix='pip install --force-reinstall "apsw>=3.51.3"',
+                )  # fmt: skip
         connection.pragma("wal_autocheckpoint", 4000)
         guards.persist_wal(connection)
         return connection
 
-    def _prepare(self) -> None:
+    def _prepare(self, marks: list[tuple[str, int]]) -> None:
         """Checks the format of an old file, or writes the tables of a new one."""
         application, version = self._writer.pragma("application_id"), self._writer.pragma("user_version")
         if self.created or (application == 0 and version == 0 and not self._has_tables()):
+            guards.check_new(self.path, marks, "empty")
             self._writer.execute("begin immediate")
             self._writer.execute(TABLES)
             self._writer.execute("insert into unlost_commit values (0)")
@@ -166,8 +178,10 @@ class File:
                 "UL1112", f"{self.path} was written by a newer release of unlost",
                 found=f"file format {version}, this release reads up to {FORMAT}", fix="pip install -U unlost",
             )  # fmt: skip
-        self.store_id = self._writer.execute("select value from unlost_meta where name = 'store_id'").fetchone()[0]
-        self._commits: int = self._writer.execute("select n from unlost_commit").fetchone()[0]
+        self.store_id = self._writer.execute("select value from unlost_meta where name = 'store_id'").get
+        self._commits: int = self._writer.execute("select n from unlost_commit").get
+        if not isinstance(self.store_id, str) or not isinstance(self._commits, int):
+            raise guards.damaged(self.path, "its id or its number of commits is gone")
 
     def _has_tables(self) -> bool:
         return bool(self._writer.execute("select count(*) from sqlite_schema").fetchone()[0])
@@ -245,23 +259,25 @@ class File:
         """Finishes what is queued and leaves. Harmless when called twice."""
         if self._closed or os.getpid() != self._pid:
             return
-        self._closed = True
-        self._queue.put(_STOP)
+        with self._submitting:
+            self._closed = True
+            self._queue.put(_STOP)
         self._thread.join()
         if self.broken is None:
             self.process_file.close()
         self._bell.close()
-        self._marks.close()
-        with self._read_lock:
-            self._reader.close()
-        self._writer.close()
+        with self._read_lock, contextlib.suppress(*(_ANY if self.broken is not None else ())):
+            self._marks.close()
+        for connection in self._connections:
+            connection.close(self.broken is not None)
         os.close(self._lock_fd)
         guards.unprotect(self.path)
         _open_files.discard(self)
 
     def _submit(self, item: _Operation | Block) -> None:
-        self._check_usable()
-        self._queue.put(item)
+        with self._submitting:  # nothing is queued behind the end of the writer
+            self._check_usable()
+            self._queue.put(item)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -299,7 +315,10 @@ class File:
         if now - getattr(self, "_kept", 0.0) >= _HOUSEKEEPING_SECONDS:
             self._kept = now
             self.process_file.beat()
-            self._marks.sync()
+            try:
+                self._marks.sync()
+            except OSError as e:
+                self._failed(e)
 
     def _commit(self, group: list[Any]) -> None:
         """One group: lock, begin, every operation, commit, mark, unlock, and only then tell everybody."""
@@ -324,6 +343,11 @@ class File:
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         appended = bool(tx.appended) and error is None
+        if isinstance(error, Ruined):  # a block did it: its neighbours must not pay for that
+            _tell([item for item in group if isinstance(item, Block)], error)
+            if others := [item for item in group if not isinstance(item, Block)]:
+                self._commit(others)
+            return
         _tell(group, error)
         if error is None:
             for listener in tuple(self._listeners) if appended else ():
@@ -357,6 +381,7 @@ class File:
 
     def _run_one(self, op: _Operation) -> None:
         before = self._tx.changes()
+        op.error = None
         try:
             op.result = op.work(self._tx)
         except UnlostError as e:
@@ -383,7 +408,7 @@ class File:
                 f"another program holds {self.path} locked",
                 fix="close it (a database browser, a backup?)",
             )
-        if isinstance(e, (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError)):
+        if isinstance(e, (apsw.IOError, apsw.CorruptError, apsw.NotADBError, apsw.ReadOnlyError, OSError)):
             kind: type[UnlostError] = OutcomeUnknown
             if isinstance(e, (apsw.CorruptError, apsw.NotADBError)):
                 kind = Damaged
@@ -394,6 +419,11 @@ class File:
             if self.on_broken is not None:
                 self.on_broken(self.broken)
             return self.broken
+        if isinstance(e, apsw.Error):
+            return Unavailable(
+                "UL2006", f"SQLite refused a commit to {self.path}; nothing was accepted",
+                found=f"{type(e).__name__}: {e}", fix="try again; if it happens again, please report this",
+            )  # fmt: skip
         return e
 
 
@@ -413,11 +443,12 @@ def _tell(group: list[Any], error: BaseException | None) -> None:
     by_loop: dict[asyncio.AbstractEventLoop, list[_Operation]] = {}
     for item in group:
         if isinstance(item, Block):
-            if item.state == "waiting":
-                item.state = "withdrawn"
-                item.wake(error or Unavailable("UL2004", "the commit of this block did not happen"))
-            elif item.state == "finished":
-                item.committed(error)
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
+                if item.state == "waiting":
+                    item.state = "withdrawn"
+                    item.wake(error or Unavailable("UL2004", "the commit of this block did not happen"))
+                elif item.state == "finished":
+                    item.committed(error)
             continue
         if error is not None:
             item.error = error

@@ -6,17 +6,19 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import apsw
 
 from unlost.errors import Damaged, Unavailable, UnlostError, UsageError
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import LogRow
+from unlost.world import REAL
 
 DARWIN = sys.platform == "darwin"
 SQLITE_MIN = (3, 51, 3)  # older ones can lose committed pages when the WAL is reset
@@ -52,7 +54,7 @@ def check_place(path: Path) -> Path:
         )  # fmt: skip
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = path.parent.resolve() / path.name
+        path = path.resolve()  # through links: the marks belong beside the real file
     except OSError as e:
         raise _no_rights(path, e) from e
     kind = file_system(path.parent)
@@ -82,7 +84,9 @@ def file_system(folder: Path) -> str:
         except OSError:
             return "unknown"
         mounts = [
-            (f[1].encode().decode("unicode_escape"), f[2]) for f in (line.split() for line in lines) if len(f) > 2
+            (re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), f[1]), f[2])
+            for f in (line.split() for line in lines)
+            if len(f) > 2
         ]
     best, kind = "", "unknown"
     for mount, name in mounts:
@@ -101,34 +105,29 @@ def open_lock(path: Path) -> int:
 
 def lock_within(fd: int, seconds: float, path: Path) -> None:
     """Takes the write lock, waiting at most `seconds`."""
-    end = time.monotonic() + seconds
+    end = REAL.monotonic() + seconds
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > end:
+            if REAL.monotonic() > end:
                 raise Unavailable(
                     "UL2010", f"another process has held the write lock of {path} for {seconds:g} s",
                     fix="a stopped (SIGSTOP) or hung process of this project? let it go on, or end it",
                 ) from None  # fmt: skip
-            time.sleep(0.005)
+            REAL.pause(0.005)
 
 
 def make_file(path: Path, marks: list[tuple[str, int]]) -> bool:
     """Makes an empty file unless there is one; True if it did. Holds the write lock."""
-    acknowledged = max((commit for _, commit in marks), default=0)
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         size = -1
     except OSError as e:
         raise _no_rights(path, e) from e
-    if size <= 0 and acknowledged:
-        raise Damaged(
-            "UL3001", f"{path} is {'empty' if size == 0 else 'gone'}, but commits up to number {acknowledged} had been acknowledged",
-            found=f"the marks in {path.with_suffix('.marks').name}",
-            fix=f"bring the file back (a backup?); to start anew on purpose, remove the whole folder {path.parent}",
-        )  # fmt: skip
+    if size <= 0:
+        check_new(path, marks, "empty" if size == 0 else "gone")
     try:
         if size < 0:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -141,6 +140,17 @@ def make_file(path: Path, marks: list[tuple[str, int]]) -> bool:
     except OSError as e:
         raise _no_rights(path, e) from e
     return size == 0
+
+
+def check_new(path: Path, marks: list[tuple[str, int]], state: str) -> None:
+    """A file may begin anew only where nothing was acknowledged yet."""
+    acknowledged = max((commit for _, commit in marks), default=0)
+    if acknowledged:
+        raise Damaged(
+            "UL3001", f"{path} is {state}, but commits up to number {acknowledged} had been acknowledged",
+            found=f"the marks in {path.with_suffix('.marks').name}; was the -wal file deleted?",
+            fix=f"bring the file back (a backup?); to start anew on purpose, remove the whole folder {path.parent}",
+        )  # fmt: skip
 
 
 def check_marks(path: Path, marks: list[tuple[str, int]], store_id: str, commits: int) -> None:
@@ -168,7 +178,7 @@ def check_tail(path: Path, connection: apsw.Connection, *, thorough: bool) -> No
     if thorough and pages * connection.pragma("page_size") <= QUICK_CHECK_BYTES_MAX:
         found = connection.execute("pragma quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise _damaged(path, str(found))
+            raise damaged(path, str(found))
     topics = connection.execute("select first_number, partitions, name from unlost_topic").fetchall()
     for first, partitions, name in topics:
         for number in range(first, first + partitions):
@@ -190,12 +200,9 @@ def check_rows(path: Path, rows: list[LogRow], where: str) -> None:
     before: LogRow | None = None
     for row in rows:
         if not row.intact():
-            raise _damaged(path, f"the event at {where}:{row.position} does not match its checksum")
-        if before is not None:
-            if row.position != before.position + 1:
-                raise _damaged(
-                    path, f"after {where}:{before.position} comes {row.position}: events are missing between"
-                )
+            raise damaged(path, f"the event at {where}:{row.position} does not match its checksum")
+        if before is not None and row.position != before.position + 1:
+            raise damaged(path, f"after {where}:{before.position} comes {row.position}: events are missing between")
         before = row
 
 
@@ -210,8 +217,8 @@ def explained(path: Path) -> Iterator[None]:
     """Turns SQLite's errors into ours; none of them leaves this room."""
     try:
         yield
-    except (apsw.NotADBError, apsw.CorruptError) as e:
-        raise _damaged(path, str(e)) from e
+    except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError) as e:
+        raise damaged(path, str(e)) from e
     except apsw.BusyError as e:
         raise Unavailable(
             "UL2002", f"another program holds {path} locked", fix="close it (a database browser, a backup?)"
@@ -222,6 +229,8 @@ def explained(path: Path) -> Iterator[None]:
         raise Unavailable(
             "UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again"
         ) from e
+    except OSError as e:
+        raise _no_rights(path, e) from e
     except apsw.IOError as e:
         raise Unavailable(
             "UL2003", f"the disk failed under {path}", found=str(e), fix="check the disk, then start again"
@@ -263,10 +272,12 @@ def _install_hook() -> None:
         if event == "sqlite3.connect" and _protected and isinstance(args[0], str | bytes | os.PathLike):
             name = os.fsdecode(args[0])
             if name.startswith("file:"):
-                name = name[5:].split("?", 1)[0]
-            real = os.path.realpath(name)
-            if real in _protected:
-                raise second_library(Path(real), "sqlite3.connect()")
+                parts = urlsplit(name)
+                name = unquote(parts.path)
+            for path in _protected:
+                with contextlib.suppress(OSError, ValueError):
+                    if Path(name).samefile(path):
+                        raise second_library(Path(path), "sqlite3.connect()")
 
     sys.addaudithook(hook)
 
@@ -291,7 +302,7 @@ def _no_rights(path: Path, e: Exception) -> UnlostError:
     )  # fmt: skip
 
 
-def _damaged(path: Path, found: str) -> UnlostError:
+def damaged(path: Path, found: str) -> UnlostError:
     return Damaged(
         "UL3004", f"{path} is damaged", found=found,
         fix="stop all processes, keep a copy of the folder, and restore the newest good copy",

@@ -12,12 +12,11 @@ import fcntl
 import mmap
 import os
 import struct
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from unlost.world import boot_id
+from unlost.world import REAL, boot_id
 
 _HEADER = struct.Struct("<8sQd")  # magic, hash of the boot id, heartbeat on the monotonic clock
 _CELL = struct.Struct("<qqq")  # address of the unit, position + 1 (0: empty), 1 if it was the only one running
@@ -60,7 +59,7 @@ class ProcessFile:
         self.beat()
 
     def beat(self) -> None:
-        _HEADER.pack_into(self._map, 0, _MAGIC, _boot_hash(), time.monotonic())
+        _HEADER.pack_into(self._map, 0, _MAGIC, _boot_hash(), REAL.monotonic())
 
     def take_cell(self) -> int:
         """A place for one runner; -1 when all are taken (then its events are simply never suspected)."""
@@ -85,8 +84,10 @@ class ProcessFile:
             _READ.pack_into(self._map, _READS_AT + place * _READ.size, service, number, position)
 
     def forget_child(self) -> None:
-        """In a forked child: drop the inherited descriptor, else the child would keep the parent alive."""
+        """In a forked child: drop the inherited descriptors (the map has its own), else the child would keep the
+        parent alive."""
         if self._fd >= 0:
+            self._map.close()
             os.close(self._fd)
             self._fd = -1
 
@@ -116,7 +117,7 @@ def examine(folder: Path, process: str) -> Remains:
     if len(raw) < _SIZE or raw[:8] != _MAGIC:
         return Remains(alive=alive, hung=False, running={}, read={})
     _, boot, beat = _HEADER.unpack_from(raw, 0)
-    hung = alive and boot == _boot_hash() and time.monotonic() - beat > HEARTBEAT_STALE_SECONDS
+    hung = alive and boot == _boot_hash() and REAL.monotonic() - beat > HEARTBEAT_STALE_SECONDS
     running = {}
     for cell in _CELL.iter_unpack(raw[_CELLS_AT:_READS_AT]):
         if cell[1]:

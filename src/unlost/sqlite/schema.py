@@ -69,6 +69,7 @@ create table unlost_progress (
     service text not null, topic text not null, partition integer not null,
     topic_id text not null,
     start integer not null,                 -- pinned when the service first saw the topic
+    start_digest integer not null,          -- the log's digest of all before it
     owner text, epoch integer not null default 0,
     clean integer not null default 1,       -- 0 while somebody owns it: a takeover then follows a crash
     position integer not null,              -- everything below has an outcome

@@ -108,7 +108,7 @@ class Transaction:
 
     def changes(self) -> int:
         """Grows with every row written in this commit; for noticing whether something was written at all."""
-        return self.connection.total_changes() + len(self._rows)
+        return int(self.connection.total_changes()) + len(self._rows)
 
     def topic(self, name: str) -> TopicRow:
         row = self._topics.get(name)

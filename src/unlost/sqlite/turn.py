@@ -19,6 +19,7 @@ from unlost.sqlite.transaction import Transaction
 from unlost.world import REAL
 
 _WATCH_SECONDS = 0.02
+DISK_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError)
 # A cached statement is not shown to the authorizer again; statements prepared with another flag are other statements.
 _OF_THE_USER = apsw.SQLITE_PREPARE_PERSISTENT
 
@@ -118,6 +119,11 @@ class Block:
             if self.state == "open" and not turn.tx.connection.in_transaction:
                 self.state = "aborted"
                 turn.ruin(e)
+            if isinstance(e, DISK_ERRORS):
+                raise Unavailable(
+                    "UL2001", "the disk is full, or failed; nothing of this block was kept",
+                    found=f"{type(e).__name__}: {e}", fix="free some space; the block is tried again",
+                ) from e  # fmt: skip
             raise
         if self.state == "open" and not turn.tx.connection.in_transaction:
             self.state = "aborted"
@@ -157,6 +163,9 @@ class Guard:
     user_code = False
 
     def __call__(self, action: int, one: str | None, two: str | None, _database: str | None, _by: str | None) -> int:
+        return int(self._answer(action, one, two))
+
+    def _answer(self, action: int, one: str | None, two: str | None) -> Any:
         if not self.user_code:
             return apsw.SQLITE_OK
         if action in (
@@ -192,8 +201,8 @@ class Turn:
             Ruined: one of them ended the commit; nothing of it is left.
             apsw.Error: the disk failed under one of them.
         """
-        for block in self._blocks:
-            block.turn = self
+        for waiting in self._blocks:
+            waiting.turn = self
         self.next()
         while not self._over.wait(_WATCH_SECONDS):
             block = self._current
@@ -204,7 +213,7 @@ class Turn:
 
     def ruin(self, cause: BaseException | None) -> BaseException:
         """The commit is gone: no other block may begin."""
-        if isinstance(cause, (apsw.FullError, apsw.IOError, apsw.CorruptError)):
+        if isinstance(cause, DISK_ERRORS):
             self._ruin = cause
         else:
             self._ruin = Ruined(

@@ -108,6 +108,7 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     suspects: set[int]  # events that were in a handler when their process died
     waiting: dict[bytes, int | None]  # key -> due time of its first waiting event; None: behind a dead letter
     keyless: dict[int, int]  # position -> due time, of waiting events without a key
+    aside: int  # how many events stand in the waiting room and on the shelf
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 
 from unlost.errors import Fenced, UsageError, invariant
-from unlost.events import Envelope, decode_head
+from unlost.events import Envelope, decode_head, event_hash
 from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
+from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block
 from unlost.store import port
@@ -298,12 +299,27 @@ def _pin(tx: Transaction, service: str, topic: TopicInfo) -> None:
                 fix="it was deleted and made again, or given other partitions: bring the old one back, or rename the service",
             )  # fmt: skip
         return
-    for partition, (start, _) in enumerate(topic.ranges):
+    first_number = tx.topic(topic.name).first_number
+    for partition in range(topic.partitions):
+        start, digest = log_start(tx, first_number + partition)
         tx.execute(
-            "insert into unlost_progress (service, topic, partition, topic_id, start, position, fated, counts, digest) "
-            "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (service, topic.name, partition, topic.id, start, start, b"", "{}", 0),
+            "insert into unlost_progress (service, topic, partition, topic_id, start, start_digest, position, fated, "
+            "counts, digest) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (service, topic.name, partition, topic.id, start, digest, start, b"", "{}", 0),
         )
+
+
+def log_start(tx: Transaction, number: int) -> tuple[int, int]:
+    """The first position that a partition of the log still holds, and the digest of all before it."""
+    low = number << POSITION_BITS
+    row = tx.one(
+        "select at, digest, head from unlost_log where at between ? and ? order by at limit 1",
+        (low, low | POSITION_MAX),
+    )
+    if row is None:
+        return 0, 0
+    e = decode_head(row[2], topic="", key=None, data=None)
+    return row[0] - low, row[1] ^ event_hash(e.source, e.id)
 
 
 def _load(tx: Transaction, unit: Unit, epoch: int) -> Progress:
@@ -366,7 +382,7 @@ def _enter_inbox(tx: Transaction, service: str, inbox: Inbox) -> bool:
         "insert into unlost_inbox values (?, ?, ?, ?) on conflict do nothing",
         (service, inbox.id, inbox.source, inbox.content),
     )
-    return tx.connection.changes() == 1
+    return bool(tx.connection.changes() == 1)
 
 
 def _as_repeated(tx: Transaction, service: str, o: Outcome, inbox: Inbox) -> None:
@@ -460,9 +476,14 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
         (*unit, epoch, owner, pid[0] if pid else 0, tx.world.now(), position, unclean),
     )
     waiting, keyless = _waiting_keys(tx, unit)
+    aside = tx.one(
+        "select count(*) from unlost_ledger where service = ? and topic = ? and partition = ? "
+        "and state in ('retrying', 'parked', 'dead')",
+        unit,
+    )[0]
     return Taken(
         unit=unit, epoch=epoch, address=address, position=position, fated=done, attempts=history, suspects=suspects,
-        waiting=waiting, keyless=keyless,
+        waiting=waiting, keyless=keyless, aside=aside,
     )  # fmt: skip
 
 

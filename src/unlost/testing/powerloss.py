@@ -39,7 +39,7 @@ class Op(NamedTuple):
     data: bytes = b""
 
 
-class Disk(apsw.VFS):
+class Disk(apsw.VFS):  # type: ignore[misc]
     """A SQLite VFS over the real disk, with a log of all that changes it.
 
     `before`, if set, is called with each `Op` before it is done and may raise (`apsw.FullError`, `apsw.IOError`):
@@ -143,7 +143,7 @@ class Disk(apsw.VFS):
                 self._found[path.name] = content
 
 
-class _RecordedFile(apsw.VFSFile):
+class _RecordedFile(apsw.VFSFile):  # type: ignore[misc]
     """One open file; the temporary ones have no name and are not recorded."""
 
     def __init__(self, disk: Disk, name: str | apsw.URIFilename | None, flags: list[int]) -> None:

@@ -1,0 +1,218 @@
+"""The books: every accepted event is in exactly one state, and whatever is not is named. Pure.
+
+For one (service, topic, partition) the log says which positions were accepted, the saved progress says which of
+them have an outcome (`fated`) and from where delivery goes on (`position`), and the ledger lists one by one all
+that did not end as done or skipped. The sentence that must hold:
+
+    accepted = waiting + in flight + retrying + parked + done + dead + skipped + expired + abandoned + removed
+               + UNACCOUNTED,  and UNACCOUNTED is 0.
+
+`reconcile` is used by the tests, the command line and the demo alike. It trusts no single number: what was counted
+is compared with what is listed, and the saved digest with the digest of the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+LISTED = ("retrying", "parked", "dead", "removed", "abandoned", "expired")
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A line of the ledger's list."""
+
+    position: int
+    state: str
+    id: str
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """All that is known of one unit at one instant."""
+
+    service: str
+    topic: str
+    partition: int
+    start: int  # where the service began
+    log_start: int  # the first position that the log holds
+    end: int  # after the last position that the log holds
+    log_gaps: Sequence[tuple[int, int]]  # positions between these that the log does not hold
+    position: int
+    fated: Sequence[tuple[int, int]]
+    counts: dict[str, int]
+    digest: int
+    log_digest: int | None  # of the fated positions, as the log has it; None where it cannot be known
+    listed: Sequence[Listed]
+    on_shelf: frozenset[int]
+    in_waiting_room: frozenset[int]
+    read: int  # how far a living owner has read; below `position` if there is none
+
+
+class Missing(msgspec.Struct, frozen=True, kw_only=True):
+    """An accepted event without a state, and how that shows."""
+
+    service: str
+    topic: str
+    partition: int
+    position: int
+    why: str
+
+
+class Book(msgspec.Struct, kw_only=True):
+    """One service's books over all its topics."""
+
+    service: str
+    accepted: int = 0
+    done: int = 0
+    skipped: dict[str, int] = msgspec.field(default_factory=dict)
+    dead: int = 0
+    retrying: int = 0
+    parked: int = 0
+    in_flight: int = 0
+    waiting: int = 0
+    removed: int = 0
+    abandoned: int = 0
+    expired: int = 0
+    unaccounted: int = 0
+
+    @property
+    def concerns(self) -> int:
+        """Accepted events but for those that no handler of the service wants."""
+        return self.accepted - self.skipped.get("no handler", 0)
+
+    @property
+    def open(self) -> int:
+        """Events that will still change their state without an operator."""
+        return self.waiting + self.in_flight + self.retrying
+
+
+class Books(msgspec.Struct, kw_only=True):
+    services: dict[str, Book]
+    missing: list[Missing]
+    unnamed: int  # unaccounted events of which not even the position is known
+    findings: list[str]  # contradictions that are no missing event: the evidence itself was changed
+    unaccountable: list[str]  # what cannot be known, and why
+
+    @property
+    def unaccounted(self) -> int:
+        return sum(book.unaccounted for book in self.services.values())
+
+    @property
+    def balanced(self) -> bool:
+        return self.unaccounted == 0 and not self.findings and not self.unaccountable
+
+
+def reconcile(evidence: Iterable[Evidence]) -> Books:
+    """Balances the books of all units.
+
+    Example:
+        >>> reconcile([]).balanced
+        True
+    """
+    books = Books(services={}, missing=[], unnamed=0, findings=[], unaccountable=[])
+    for e in evidence:
+        book = books.services.setdefault(e.service, Book(service=e.service))
+        _balance(e, book, books)
+    return books
+
+
+def _balance(e: Evidence, book: Book, books: Books) -> None:
+    where = f"{e.service} {e.topic}/{e.partition}"
+    end = max(e.end, max((b for _, b in e.fated), default=e.start), e.position)
+    accepted = end - e.start
+    fated = sum(b - a for a, b in e.fated)
+    missing: dict[int, str] = {}
+
+    # passed over: delivery goes on behind it, and it has no outcome
+    for a, b in _gaps(e.fated, e.start, min(e.position, end)):
+        for position in range(a, b):
+            missing[position] = "it was passed over: the position moved on, but it got no outcome"
+
+    # the log itself does not hold it any more
+    lost = [*e.log_gaps, (max(e.end, e.start), end)]
+    if e.log_start > e.start:
+        lost.append((e.start, e.log_start))
+    for a, b in lost:
+        for position in range(max(a, e.start), b):
+            if not _in(e.fated, position):
+                missing.setdefault(position, "the log does not hold it any more, and it got no outcome")
+    gone = sum(b - a for a, b in e.log_gaps if b > e.start) + end - max(e.end, e.start)
+    if gone:
+        books.findings.append(f"{where}: {gone} positions are missing from the log itself")
+
+    # listed as being somewhere where it is not
+    states = dict.fromkeys(LISTED, 0)
+    listed = set()
+    for line in e.listed:
+        listed.add(line.position)
+        if not _in(e.fated, line.position):
+            books.findings.append(f"{where}:{line.position} is listed as {line.state}, but has no outcome")
+            continue
+        place = {"dead": e.on_shelf, "retrying": e.in_waiting_room, "parked": e.in_waiting_room}.get(line.state)
+        if place is not None and line.position not in place:
+            room = "on the shelf" if line.state == "dead" else "in the waiting room"
+            missing[line.position] = f"the ledger lists it as {line.state}, but it is not {room}"
+        else:
+            states[line.state] += 1
+    for position in sorted((e.on_shelf | e.in_waiting_room) - listed):
+        books.findings.append(f"{where}:{position} is kept, but the ledger does not list it")
+
+    # counted against the positions that have an outcome
+    counted = sum(e.counts.values())
+    unnamed = fated - counted - len([line for line in e.listed if _in(e.fated, line.position)])
+    if unnamed < 0:
+        books.findings.append(f"{where}: {-unnamed} more outcomes are counted than positions have one")
+    if e.log_digest is not None and e.log_digest != e.digest:
+        books.findings.append(f"{where}: the events in the log are not those that got an outcome (digests differ)")
+
+    unfated = accepted - fated - sum(1 for p in missing if not _in(e.fated, p))
+    in_flight = 0
+    if e.read > e.position:
+        below = min(e.read, end)
+        in_flight = sum(b - a for a, b in _gaps(e.fated, e.position, below))
+        in_flight -= sum(1 for p in missing if e.position <= p < below and not _in(e.fated, p))
+
+    book.accepted += accepted
+    book.done += e.counts.get("done", 0)
+    for name, count in e.counts.items():
+        if name.startswith("skipped:"):
+            rule = name.partition(":")[2]
+            book.skipped[rule] = book.skipped.get(rule, 0) + count
+        elif name != "done":
+            books.findings.append(f"{where}: an unknown state is counted: {name}")
+    for state, count in states.items():
+        setattr(book, state, getattr(book, state) + count)
+    book.in_flight += in_flight
+    book.waiting += unfated - in_flight
+    book.unaccounted += len(missing) + max(0, unnamed)
+    books.unnamed += max(0, unnamed)
+    books.missing.extend(
+        Missing(service=e.service, topic=e.topic, partition=e.partition, position=position, why=why)
+        for position, why in sorted(missing.items())
+    )
+
+
+def _gaps(runs: Sequence[tuple[int, int]], start: int, end: int) -> Iterable[tuple[int, int]]:
+    at = start
+    for a, b in runs:
+        if b <= at:
+            continue
+        if a >= end:
+            break
+        if a > at:
+            yield at, a
+        at = b
+    if at < end:
+        yield at, end
+
+
+def _in(runs: Sequence[tuple[int, int]], position: int) -> bool:
+    low, high = 0, len(runs)
+    while low < high:
+        middle = (low + high) // 2
+        if runs[middle][1] <= position:
+            low = middle + 1
+        else:
+            high = middle
+    return low < len(runs) and runs[low][0] <= position

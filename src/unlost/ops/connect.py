@@ -1,0 +1,32 @@
+"""Opening a broker to look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unlost import config
+from unlost.brokers.connect import embedded_path
+from unlost.errors import UsageError
+from unlost.sqlite.file import File
+
+
+@contextmanager
+def opened(url: str | None = None) -> Iterator[File]:
+    """The broker's file, for as long as the block lasts. Never makes one: looking must not create.
+
+    Raises:
+        UsageError: there is no file there.
+    """
+    setting = config.setting("broker", flag=url)
+    path = embedded_path(setting.value)
+    if not path.exists() and not path.with_suffix(".marks").exists():
+        raise UsageError(
+            "UL1301", f"there is no broker file at {path}", found=f"from {setting.source}",
+            fix="start a service first (unlost run), change to the project's folder, or set UNLOST_BROKER",
+        )  # fmt: skip
+    file = File(path, check_tail=False)
+    try:
+        yield file
+    finally:
+        file.close()

@@ -1,0 +1,141 @@
+"""The shelf, for operators: look, ask for a redrive or a discard. The owner of the partition carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import apsw
+import msgspec
+
+from unlost.events.topic import Unit
+from unlost.sqlite.file import File
+from unlost.sqlite.process import examine
+from unlost.sqlite.transaction import Transaction
+from unlost.store.port import Attempt, DeadLetter, Request
+from unlost.store.sqlite import carry_out
+from unlost.world import REAL
+
+_COLUMNS = (
+    "number, service, handler, topic, partition, position, id, source, type, key, trace, reason, error_type, error, "
+    "stack, attempts, parks, died, recorded, head, data, request"
+)
+Action = Literal["redrive", "discard"]
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of an operator's request."""
+
+    action: Action
+    letters: Sequence[DeadLetter]
+    carried_out: int  # at once, because nobody owned the partition
+    pending: int  # the owner will do it
+    dry_run: bool
+
+
+def letters(
+    file: File,
+    *,
+    service: str | None = None,
+    number: int | None = None,
+    id: str | None = None,
+    key: str | None = None,
+    reason: str | None = None,
+) -> list[DeadLetter]:
+    """Dead letters, oldest first. Every given filter must match."""
+    wanted = {"service": service, "number": number, "id": id, "reason": reason}
+    where = [f"{name} = ?" for name, value in wanted.items() if value is not None]
+    bindings: list[object] = [value for value in wanted.values() if value is not None]
+    if key is not None:
+        where.append("key = ?")
+        bindings.append(key.encode())
+    sql = f"select {_COLUMNS} from unlost_shelf {'where ' + ' and '.join(where) if where else ''} order by number"
+    return file.read(lambda c: [_letter(c, row) for row in c.execute(sql, bindings).fetchall()])
+
+
+def ask(
+    file: File,
+    action: Action,
+    chosen: Sequence[DeadLetter],
+    *,
+    operator: str,
+    reason: str,
+    dry_run: bool = False,
+    wait_seconds: float = 5.0,
+) -> Asked:
+    """Records the request with the operator's name, and has it carried out.
+
+    Where a process of the service lives, it does it (only it knows what of the key is in hand); where none does, it
+    is done here, as the owner for a moment. **After a crash** of either the request stands, and the next owner
+    carries it out; it is never done twice, because it takes the letter off the shelf in the same commit.
+    """
+    if dry_run or not chosen:
+        return Asked(action=action, letters=chosen, carried_out=0, pending=0, dry_run=dry_run)
+    file.write_sync(lambda tx: _record(tx, action, chosen, operator, reason))
+    done = file.write_sync(lambda tx: _without_owner(file, tx, action, chosen))
+    if done < len(chosen):
+        end = REAL.monotonic() + wait_seconds
+        while REAL.monotonic() < end and _pending(file, chosen):
+            REAL.pause(0.05)
+    pending = _pending(file, chosen)
+    return Asked(action=action, letters=chosen, carried_out=len(chosen) - pending, pending=pending, dry_run=False)
+
+
+def _record(tx: Transaction, action: str, chosen: Sequence[DeadLetter], operator: str, reason: str) -> None:
+    for letter in chosen:
+        _record_one(tx, action, letter, operator, reason)
+
+
+def _record_one(tx: Transaction, action: str, letter: DeadLetter, operator: str, reason: str) -> None:
+    tx.execute(
+        "insert into unlost_operation (at, operator, action, reason, service, topic, partition, position, id) "
+        "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            tx.world.now(), operator, action, reason,
+            letter.service, letter.topic, letter.partition, letter.position, letter.id,
+        ),
+    )  # fmt: skip
+    operation = tx.connection.last_insert_rowid()
+    tx.execute(
+        "update unlost_shelf set request = ?, operation = ? where number = ?", (action, operation, letter.number)
+    )
+
+
+def _without_owner(file: File, tx: Transaction, action: Action, chosen: Sequence[DeadLetter]) -> int:
+    """Carries out what concerns units that no living process owns. The new epoch fences whoever comes back."""
+    done = 0
+    for letter in chosen:
+        unit = Unit(letter.service, letter.topic, letter.partition)
+        owner, epoch = tx.one(
+            "select owner, epoch from unlost_progress where service = ? and topic = ? and partition = ?", unit
+        )
+        assigned = tx.one(
+            "select process from unlost_assignment where service = ? and topic = ? and partition = ?", unit
+        )
+        owners = {process for process in (owner, assigned and assigned[0]) if process}
+        if any(examine(file.run_folder, process).alive for process in owners):
+            continue
+        if owner is None:
+            epoch += 1
+            tx.execute(
+                "update unlost_progress set epoch = ? where service = ? and topic = ? and partition = ?", (epoch, *unit)
+            )
+        done += carry_out(tx, Request(unit, letter.position, letter.key, action), epoch)
+    return done
+
+
+def _pending(file: File, chosen: Sequence[DeadLetter]) -> int:
+    marks = ",".join("?" * len(chosen))
+    sql = f"select count(*) from unlost_shelf where request is not null and number in ({marks})"
+    return int(file.read(lambda c: c.execute(sql, [letter.number for letter in chosen]).fetchone()[0]))
+
+
+def _letter(c: apsw.Connection, row: tuple[Any, ...]) -> DeadLetter:
+    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    behind = c.execute(
+        "select count(*) from unlost_waiting where service = ? and topic = ? and partition = ? and key = ?",
+        (fields["service"], fields["topic"], fields["partition"], fields["key"]),
+    ).fetchone()[0]
+    fields["attempts"] = msgspec.json.decode(fields["attempts"], type=list[Attempt])
+    fields["parks"] = bool(fields["parks"])
+    return DeadLetter(**fields, parked_behind=behind if fields["parks"] else 0)
