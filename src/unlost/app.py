@@ -23,7 +23,7 @@ from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
 from unlost.delivery.service import Service
 from unlost.delivery.worker import Probe, Worker
-from unlost.errors import OutcomeUnknown, UsageError
+from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, Event, check_name, seal
 from unlost.events.topic import Topic
 from unlost.sqlite.file import File
@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 PUBLISH_SECONDS = 30.0
 STOP_SECONDS = 20.0
+HOUSE_SECONDS = 60.0
 
 
 class App:
@@ -266,6 +267,7 @@ class App:
             self._workers = workers
             tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
             stop = asyncio.create_task(self._stop.wait())
+            house = asyncio.create_task(self._keep_house())
             if ready is not None:
                 ready()
             try:
@@ -273,11 +275,20 @@ class App:
             finally:
                 await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
                 stop.cancel()
+                house.cancel()
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 self._workers = []
             for error in ended:
                 if isinstance(error, Exception):
                     raise error
+
+    async def _keep_house(self) -> None:
+        while True:
+            try:
+                await self.broker.keep_house()
+            except UnlostError as e:
+                log.error("housekeeping failed; it is tried again: %s", e)
+            await asyncio.sleep(HOUSE_SECONDS)
 
     def stop(self) -> None:
         """Asks `serve` to finish: handlers in progress end or are given back, nothing is dropped."""

@@ -131,6 +131,9 @@ class Broker(Protocol):
     async def join(self, service: str, topics: Sequence[str]) -> Member:
         """Takes part in a service, sharing its partitions with the other members."""
 
+    async def keep_house(self) -> None:
+        """What is to be done now and then while a program runs, such as trimming what retention lets go."""
+
     async def topics(self) -> Sequence[TopicInfo]: ...
 
     async def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:

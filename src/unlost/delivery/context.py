@@ -257,8 +257,7 @@ class TransactionBlock:
             except BaseException as e:
                 return e
             return None
-        while not self.durable.is_set():
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(self.durable.wait)
         return self.error
 
     def _done(self, error: BaseException | None) -> None:

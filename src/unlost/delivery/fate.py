@@ -125,7 +125,7 @@ def decide(error: BaseException | None, attempt: int, retry: Retry, *, now: int,
         return _dead("unknown_version" if error.code == UNKNOWN_VERSION else "undecodable", error)
     if isinstance(error, RetryLater):
         return RetryAt(now + int(error.after * 1e6), spends_attempt=False)
-    if isinstance(error, retry.never_on) or isinstance(error, _NEVER_HEALS):
+    if isinstance(error, (*retry.never_on, *_NEVER_HEALS)):
         return _dead("cannot_heal", error)
     if attempt >= retry.attempts:
         return _dead("exhausted", error)

@@ -46,7 +46,7 @@ def name_missing(file: File, missing: Sequence[Missing], limit: int = NAMED_MAX)
 
 
 def gather(file: File, c: apsw.Connection) -> list[Evidence]:
-    numbers = {name: first for name, first in c.execute("select name, first_number from unlost_topic")}
+    numbers: dict[str, int] = dict(c.execute("select name, first_number from unlost_topic").fetchall())
     remains: dict[str, Remains] = {}
     found = []
     rows = c.execute(

@@ -281,10 +281,7 @@ class File:
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
-            raise UsageError(
-                "UL1113", "this file was opened before a fork and cannot be used after it",
-                fix="create the App in the child process (use the spawn or forkserver start method)",
-            )  # fmt: skip
+            raise guards.after_fork()
         if self._closed:
             raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
         if self.broken is not None:
@@ -477,6 +474,7 @@ def _resolve(items: list[_Operation]) -> None:
 
 def _after_fork() -> None:
     for file in tuple(_open_files):
+        guards.inherited.add(str(file.path))
         file.process_file.forget_child()
         os.close(file._lock_fd)
 

@@ -41,6 +41,7 @@ _NETWORK = (
 )
 
 _protected: dict[str, int] = {}
+inherited: set[str] = set()  # files that the parent process had open when it forked
 
 
 def check_place(path: Path) -> Path:
@@ -57,6 +58,8 @@ def check_place(path: Path) -> Path:
         path = path.resolve()  # through links: the marks belong beside the real file
     except OSError as e:
         raise _no_rights(path, e) from e
+    if str(path) in inherited:
+        raise after_fork()
     kind = file_system(path.parent)
     if kind.startswith(_NETWORK):
         raise UsageError(
@@ -250,6 +253,14 @@ def unprotect(path: Path) -> None:
         _protected[str(path)] = left
     else:
         _protected.pop(str(path), None)
+
+
+def after_fork() -> UnlostError:
+    """SQLite believes in the child that it holds the parent's locks: not even a new connection is safe there."""
+    return UsageError(
+        "UL1113", "this file was opened before a fork and cannot be used after it",
+        fix="create the App in the child process only (use the spawn or forkserver start method)",
+    )  # fmt: skip
 
 
 def second_library(path: Path, found: str) -> UnlostError:

@@ -89,7 +89,7 @@ create table unlost_epoch (
     primary key (service, topic, partition, epoch)
 ) without rowid;
 
-create table unlost_inbox (
+create table unlost_inbox (  -- kept as long as the log holds the event
     service text not null, id text not null, source text not null,
     content integer not null,               -- hash of type and data: the same id with another content is no duplicate
     primary key (service, id, source)

@@ -61,7 +61,8 @@ class Block:
             turn.guard.user_code = True
             try:
                 cursor = turn.tx.connection.execute(sql, bindings, prepare_flags=_OF_THE_USER)
-                return cursor.fetchall()
+                rows: list[tuple[Any, ...]] = cursor.fetchall()
+                return rows
             except apsw.InterruptError as e:
                 raise self._expired() from e
             except apsw.AuthError as e:

@@ -14,6 +14,7 @@ import apsw
 
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.embedded.trim import trim
 from unlost.brokers.port import Abilities, Receipt
 from unlost.config import duration
 from unlost.errors import UsageError
@@ -76,6 +77,9 @@ class EmbeddedBroker:
         member = EmbeddedMember(self.file, service, topics)
         await member.open()
         return member
+
+    async def keep_house(self) -> None:
+        await trim(self.file)
 
     async def topics(self) -> Sequence[TopicInfo]:
         return self.file.read(read_topics)

@@ -1,0 +1,352 @@
+"""A process that can die inside a test, as `kill -9` would have it.
+
+Each service of a test gets its own file handle, process file, lock and marks, so that the others and the file
+cannot tell it from a process. When it dies, its lock is let go, what it had in its hands stays noted, nothing of it
+is settled or released any more, and its tasks end where they stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from unlost.brokers.embedded import group
+from unlost.brokers.embedded.broker import EmbeddedBroker
+from unlost.brokers.embedded.group import EmbeddedMember
+from unlost.delivery.lanes import Delivery
+from unlost.delivery.service import Handler, Service
+from unlost.delivery.worker import Worker
+from unlost.events.topic import TopicInfo, Unit
+from unlost.sqlite.file import File
+from unlost.sqlite.process import ProcessFile
+from unlost.sqlite.transaction import Transaction
+from unlost.store.port import Block, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store.sqlite import SqliteStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from unlost.world import World
+
+Step = Literal["received", "started", "handled", "committing", "settling", "settled"]
+BURIAL_SECONDS = 5.0
+
+
+class ProcessKilled(BaseException):
+    """Ends whatever a killed process was doing. Nobody should catch it."""
+
+
+class CrashPoint:
+    """Where a process is to die: `times` times, after `step`, on an event of one handler or of any."""
+
+    def __init__(self, service: str, handler: str | None, step: Step, times: int) -> None:
+        self.service = service
+        self.handler = handler
+        self.step = step
+        self.times = times
+
+    def __repr__(self) -> str:
+        return f"crash {self.handler or self.service} after {self.step}, {self.times} to come"
+
+    def hit(self, service: str, handler: str, step: str) -> bool:
+        if self.times < 1 or self.step != step or self.service != service or self.handler not in (None, handler):
+            return False
+        self.times -= 1
+        return True
+
+
+class MortalProcess:
+    """One service in a process of its own. `start` it again after its death, as a supervisor would."""
+
+    def __init__(self, service: Service, path: Path, world: World, points: list[CrashPoint]) -> None:
+        self.service = service
+        self.deaths = 0
+        self.reads: dict[int, int] = {}  # partition number -> next position to read
+        self.dead = False
+        self.error: BaseException | None = None
+        self.worker: Worker | None = None
+        self._path = path
+        self._world = world
+        self._points = points
+        self._died = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._file: File | None = None
+        self._broker: _MortalBroker | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._leaving = False
+
+    def start(self) -> None:
+        self._life = asyncio.create_task(self._live(), name=f"unlost-process-{self.service.name}")
+
+    async def _live(self) -> None:
+        """Starts the worker, and again after each death, until it is told to leave."""
+        try:
+            while not self._leaving:
+                await self._open()
+                assert self.worker is not None
+                work = asyncio.create_task(self.worker.run())
+                death = asyncio.create_task(self._died.wait())
+                await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
+                death.cancel()
+                if not self.dead:
+                    await work
+                    return
+                await self._bury(work)
+        except BaseException as e:
+            if not isinstance(e, asyncio.CancelledError):
+                self.error = e
+            raise
+
+    async def _open(self) -> None:
+        file = await asyncio.to_thread(File, self._path, world=self._world)
+        self.dead = False
+        self._died.clear()
+        self.reads = {}
+        file.process_file = _MortalFile(file.process_file, self)
+        self._file = file
+        self._broker = _MortalBroker(EmbeddedBroker(file))
+        store = _MortalStore(SqliteStore(file, publish=Transaction.append), self)
+        self.worker = Worker(self.service, self._broker, store, world=self._world, probe=self._probe)  # type: ignore[arg-type]
+
+    def die(self) -> None:
+        """From now on nothing of this process reaches the file. May be called from any thread."""
+        if self.dead or self._file is None:
+            return
+        self.dead = True
+        self.deaths += 1
+        assert isinstance(self._file.process_file, _MortalFile)
+        self._file.process_file.die()
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._died.set)
+
+    async def _bury(self, work: asyncio.Task[None]) -> None:
+        assert self.worker is not None and self._file is not None and self._broker is not None
+        ending = asyncio.ensure_future(self.worker._abandon())
+        await asyncio.wait({ending}, timeout=BURIAL_SECONDS)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        for member in self._broker.members:  # without leaving the group: only this event loop forgets it
+            self._file.unlisten(member._notify)
+            group._bells.remove(member._loop, self._file, member._wake)
+        await asyncio.to_thread(self._file.close)
+        self.worker = self._file = None
+
+    async def leave(self, grace: float) -> None:
+        """A clean stop."""
+        self._leaving = True
+        life = self._life
+        if life is None:
+            return
+        while not life.done():
+            if self.worker is not None and not self.dead and self.worker._failure is not None:
+                await self.worker.stop(grace)
+                break
+            await asyncio.wait({life}, timeout=0.002)
+        await asyncio.gather(life, return_exceptions=True)
+        if self._file is not None:
+            await asyncio.to_thread(self._file.close)
+            self._file = None
+
+    # --- where it may die --------------------------------------------------------------------------------
+
+    def _probe(self, step: str, d: Delivery) -> None:
+        self.reach(step, d.handler)
+
+    def reach(self, step: str, handler: Handler) -> None:
+        if any(point.hit(self.service.name, handler.name, step) for point in self._points):
+            self.die()
+        if self.dead:
+            raise ProcessKilled(f"{self.service.name} was killed after {handler.name!r} had {step}")
+
+    def reach_outcomes(self, step: str, settlements: Sequence[Settlement]) -> None:
+        for settlement in settlements:
+            for outcome in settlement.outcomes:
+                handler = self._handler(outcome)
+                if handler is not None:
+                    self.reach(step, handler)
+
+    def _handler(self, o: Outcome) -> Handler | None:
+        if o.state in ("attempted", "parked") or o.arrival.envelope is None:
+            return None
+        return self.service.handlers.get(o.arrival.envelope.type)
+
+    def check(self) -> None:
+        if self.dead:
+            raise ProcessKilled(f"{self.service.name} was killed")
+
+    async def alive(self) -> None:
+        """A dead process does nothing more, for ever."""
+        if self.dead:
+            await self._loop.create_future()
+
+
+class _MortalFile(ProcessFile):
+    """The process' own file. After its death the lock is free and the content stays as it was."""
+
+    def __init__(self, real: ProcessFile, process: MortalProcess) -> None:
+        self.path = real.path
+        self._real = real
+        self._process = process
+        self._over = False
+
+    def die(self) -> None:
+        self._over = True
+        self._real.forget_child()
+
+    def beat(self) -> None:
+        if not self._over:
+            with contextlib.suppress(ValueError):  # closed by `die` in this very moment
+                self._real.beat()
+
+    def take_cell(self) -> int:
+        return -1 if self._over else self._real.take_cell()
+
+    def give_cell(self, cell: int) -> None:
+        if not self._over:
+            self._real.give_cell(cell)
+
+    def started(self, cell: int, address: int, position: int, alone: bool) -> None:
+        if not self._over:
+            self._real.started(cell, address, position, alone)
+
+    def clear(self, cell: int) -> None:
+        if not self._over:
+            self._real.clear(cell)
+
+    def read_up_to(self, service: int, number: int, position: int) -> None:
+        if not self._over:
+            self._process.reads[number] = position
+            self._real.read_up_to(service, number, position)
+
+    def forget_child(self) -> None:
+        self._real.forget_child()
+
+    def close(self) -> None:
+        if not self._over:
+            self._real.close()
+
+
+class _MortalBroker:
+    """Only remembers the members that a worker made."""
+
+    def __init__(self, real: EmbeddedBroker) -> None:
+        self.abilities = real.abilities
+        self.members: list[EmbeddedMember] = []
+        self._real = real
+
+    async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:
+        member = await self._real.join(service, topics)
+        self.members.append(member)
+        return member
+
+
+class _MortalStore:
+    """The store of one process: silent after its death."""
+
+    def __init__(self, real: SqliteStore, process: MortalProcess) -> None:
+        self._real = real
+        self._process = process
+        self._blocks: dict[int, Settlement] = {}
+
+    @property
+    def id(self) -> str:
+        return self._real.id
+
+    async def open(self) -> None:
+        await self._real.open()
+
+    async def close(self) -> None:
+        await self._real.close()
+
+    async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
+        await self._real.register(service, policy, topics)
+
+    async def take(self, units: Sequence[Unit]) -> Sequence[Taken]:
+        await self._process.alive()
+        return await self._real.take(units)
+
+    async def give(self, units: Sequence[tuple[Unit, int]]) -> None:
+        await self._process.alive()
+        await self._real.give(units)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Unit]:
+        await self._process.alive()
+        self._process.reach_outcomes("settling", settlements)
+        fenced = await self._real.settle(settlements)
+        self._process.reach_outcomes("settled", settlements)
+        return fenced
+
+    def block(
+        self,
+        wake: Callable[[BaseException | None], None],
+        committed: Callable[[BaseException | None], None],
+        deadline_seconds: float = 0.25,
+    ) -> Block:
+        self._process.check()
+        number: list[int] = []
+
+        def durable(error: BaseException | None) -> None:
+            settlement = self._blocks.pop(number[0], None)
+            if error is None and settlement is not None:
+                try:
+                    self._process.reach_outcomes("settled", [settlement])
+                except ProcessKilled as e:
+                    error = e  # ends the handler: it will never know
+            committed(error)
+
+        block = self._real.block(wake, durable, deadline_seconds)
+        number.append(id(block))
+        return block
+
+    def enter(self, block: Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        self._process.check()
+        return self._real.enter(block, unit, epoch, inbox)
+
+    def finish(self, block: Block, settlement: Settlement) -> None:
+        self._process.reach_outcomes("settling", [settlement])
+        self._blocks[id(block)] = settlement
+        self._real.finish(block, settlement)
+
+    def hands(self) -> Hands:
+        return _MortalHands(self._real.hands(), self._process)
+
+    def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
+        self._process.check()
+        return self._real.seen(service, events)
+
+    async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
+        await self._process.alive()
+        return await self._real.waiting(unit, key, position, limit)
+
+    def requests(self, service: str) -> Sequence[Request]:
+        self._process.check()
+        return self._real.requests(service)
+
+    async def carry_out(self, request: Request, epoch: int) -> bool:
+        await self._process.alive()
+        return await self._real.carry_out(request, epoch)
+
+
+class _MortalHands:
+    """Where a runner notes what it has in hand; dying `started` means: with the event in it."""
+
+    def __init__(self, real: Hands, process: MortalProcess) -> None:
+        self._real = real
+        self._process = process
+
+    def take_up(self, address: int, position: int, alone: bool) -> None:
+        self._real.take_up(address, position, alone)
+        worker, task = self._process.worker, asyncio.current_task()
+        for run in worker._running.values() if worker is not None else ():
+            if run.task is task and run._delivery is not None:
+                self._process.reach("started", run._delivery.handler)
+
+    def put_down(self) -> None:
+        self._real.put_down()
+
+    def close(self) -> None:
+        self._real.close()
+
+
