@@ -21,9 +21,7 @@ from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 
 INSERT = "insert into unlost_log (at, head, key, data, recorded, digest, crc) values (?, ?, ?, ?, ?, ?, ?)"
 SELECT = "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at limit ?"
-POSITION = (
-    "update unlost_progress set position = position + ? where service = 'raw' and topic = 'order' and partition = ?"
-)
+POSITION = "update raw_position set position = position + ? where partition = ?"
 PARTITIONS = 8
 READ_MAX = 256  # rows of one partition in one read
 
@@ -69,12 +67,8 @@ def measure_two(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / "raw.db"
     connection = make_log(path, plan["pragmas"])
     lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    for partition in range(PARTITIONS):
-        connection.execute(
-            "insert into unlost_progress (service, topic, partition, topic_id, start, position, fated, counts, digest) "
-            "values ('raw', 'order', ?, '', 0, 0, x'', '{}', 0)",
-            (partition,),
-        )
+    connection.execute("create table raw_position (partition integer primary key, position integer not null)")
+    connection.executemany("insert into raw_position values (?, 0)", [(n,) for n in range(PARTITIONS)])
     parts = [rows[warm + a : warm + b] for a, b in chunks(len(rows) - warm, plan["publish_commits"])]
     reader = start("raw.py", "read", folder, json.dumps(plan), stdin=-1, stdout=-1)
     assert reader.stdin is not None and reader.stdout is not None
@@ -93,7 +87,7 @@ def measure_two(folder: Path, plan: dict[str, Any]) -> None:
     reader.stdin.close()
     if reader.wait() != 0:
         raise SystemExit("the raw reader failed")
-    done = connection.execute("select sum(position) from unlost_progress").fetchone()[0]
+    done = connection.execute("select sum(position) from raw_position").fetchone()[0]
     if done != len(rows):
         raise SystemExit(f"the raw reader stands at {done} of {len(rows)}")
     answer(
@@ -106,7 +100,7 @@ def measure_two(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def read(folder: Path, plan: dict[str, Any]) -> None:
-    """The reader. It waits until as many rows are there as unlost handled per commit, and no longer."""
+    """The reader. Each of its commits is for as many rows as a commit of unlost was: it waits for them."""
     path = folder / "raw.db"
     connection = connect(path, plan["pragmas"])
     reading = connect(path, plan["pragmas"])
@@ -114,15 +108,21 @@ def read(folder: Path, plan: dict[str, Any]) -> None:
     decode = msgspec.json.Decoder().decode
     positions = [0] * PARTITIONS
 
-    def one_read() -> int:
+    first = 0
+
+    def one_read(most: int) -> int:
+        nonlocal first
         got = [0] * PARTITIONS
         reading.execute("begin")
-        for partition in range(PARTITIONS):
-            base = partition << POSITION_BITS
-            for row in reading.execute(SELECT, (base + positions[partition], base | POSITION_MAX, READ_MAX)):
+        for partition in (*range(first, PARTITIONS), *range(first)):
+            base, left = partition << POSITION_BITS, min(READ_MAX, most - sum(got))
+            if left == 0:
+                break
+            for row in reading.execute(SELECT, (base + positions[partition], base | POSITION_MAX, left)):
                 decode(row[3])
                 got[partition] += 1
         reading.execute("commit")
+        first = partition  # nobody is starved
         fcntl.flock(lock, fcntl.LOCK_EX)
         connection.execute("begin immediate")
         for partition, count in enumerate(got):
@@ -135,7 +135,7 @@ def read(folder: Path, plan: dict[str, Any]) -> None:
 
     os.read(0, 4096)
     while sum(positions) < plan["warm"]:
-        one_read()
+        one_read(plan["warm"] - sum(positions))
     total = plan["events"]
     ready = [b for _, b in chunks(total, plan["publish_commits"])]
     each = max(1, total // plan["handle_commits"])
@@ -145,7 +145,7 @@ def read(folder: Path, plan: dict[str, Any]) -> None:
     while done < total:
         while rings < len(ready) and (rings == 0 or ready[rings - 1] < min(done + each, total)):
             rings += len(os.read(0, 4096))
-        done += one_read()
+        done += one_read(min(each, total - done))
         commits += 1
     ended = watch.stop()
     answer({"ended": watch.began + ended["seconds"], "commits": commits, **ended})

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from unlost.errors import UsageError
-from unlost.events import Envelope, Event, derived_id, seal
+from unlost.events import Envelope, Event, derived_id, encode_head, seal
 from unlost.store.port import Block
 
 in_block: ContextVar[bool] = ContextVar("unlost_in_block", default=False)
@@ -87,12 +87,12 @@ class Context:
         self._check_open("publish")
         number = len(self._published)
         id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
-        self._published.append(
-            seal(
-                event, source=self.service, id=id, occurred_at=occurred_at,
-                cause=self.envelope, headers=headers, now=self._now,
-            )
+        envelope = seal(
+            event, source=self.service, id=id, occurred_at=occurred_at,
+            cause=self.envelope, headers=headers, now=self._now,
         )  # fmt: skip
+        encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
+        self._published.append(envelope)
 
     def transaction(self, session: object = None) -> TransactionBlock:
         """The final step of a handler: its own rows, its events and the mark "handled" in one commit.

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from unlost.config import duration
-from unlost.errors import Undecodable, UsageError
+from unlost.errors import OutcomeUnknown, Unavailable, Undecodable, UsageError
 from unlost.events import UNKNOWN_VERSION
 from unlost.store.port import Attempt, Reason
 
 KILLED = "its process was killed"
+OURS_SECONDS = 1
 ERROR_TEXT_MAX = 2000
 STACK_MAX = 8000
 
@@ -125,6 +126,8 @@ def decide(error: BaseException | None, attempt: int, retry: Retry, *, now: int,
         return _dead("unknown_version" if error.code == UNKNOWN_VERSION else "undecodable", error)
     if isinstance(error, RetryLater):
         return RetryAt(now + int(error.after * 1e6), spends_attempt=False)
+    if isinstance(error, Unavailable | OutcomeUnknown):
+        return RetryAt(now + OURS_SECONDS * 1_000_000, spends_attempt=False)  # our own trouble, not the event's
     if isinstance(error, (*retry.never_on, *_NEVER_HEALS)):
         return _dead("cannot_heal", error)
     if attempt >= retry.attempts:

@@ -103,8 +103,9 @@ class Worker:
         Dying on any line of it leaves the event unsettled in the log (or in the waiting room), to be delivered
         again; only the store's commit in `settle` (or in the handler's own transaction) ends it.
         """
+        self._reach("received", d)
         handler, ctx = d.handler, None
-        fate: Fate | None = spent(d.attempts, handler.retry)
+        fate: Fate | None = Skip("no handler") if handler is self._none else spent(d.attempts, handler.retry)
         error: BaseException | None = None
         if fate is None:
             try:
@@ -173,7 +174,9 @@ class Worker:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
+        self._reach("started", d)
         run.begin(d, self.world.monotonic(), alone=self._suspects > 0)
+        self._reach("started", d)
         error: BaseException | None = None
         try:
             if handler.is_async:
@@ -387,6 +390,7 @@ class Worker:
             )  # fmt: skip
             if seen and envelope is not None:
                 delivery.seen = seen.get((envelope.source, envelope.id))
+            self._reach("received", delivery)
             if lane.blocked:
                 self._park(delivery)
             else:
@@ -412,10 +416,18 @@ class Worker:
     @functools.cached_property
     def _undecodable(self) -> Handler:
         """Bytes that are no event have no type, so they get the service's own policy."""
+        return self._stand_in()
+
+    @functools.cached_property
+    def _none(self) -> Handler:
+        """For events of the waiting room whose handler is in no release any more."""
+        return self._stand_in()
+
+    def _stand_in(self) -> Handler:
         s = self.service
         return Handler(
             name="", function=lambda event: None, takes_context=False, is_async=False, where=None,
-            guarantee="at-least-once", on_dead=s.on_dead, deadline=s.deadline, retry=s.retry, concurrency=1024,
+            guarantee="at-least-once", on_dead=s.on_dead, deadline=s.deadline, retry=s.retry, concurrency=RUNNERS_MAX,
         )  # fmt: skip
 
     # --- lanes and runners -------------------------------------------------------------------------------
@@ -531,10 +543,10 @@ class Worker:
     def _from_waiting(self, lane: Lane, row: Waiting) -> Delivery:
         arrival, owned = row.arrival, lane.owned
         envelope = arrival.envelope
-        handler = None if envelope is None else self.service.handlers.get(envelope.type)
+        handler = self._undecodable if envelope is None else self.service.handlers.get(envelope.type, self._none)
         cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
         return Delivery(
-            lane, arrival, handler or self._undecodable, cls, 0, list(row.attempts),
+            lane, arrival, handler, cls, 0, list(row.attempts),
             waited=True, suspect=arrival.position in owned.suspects,
         )  # fmt: skip
 

@@ -339,15 +339,15 @@ class File:
             error = self._failed(e)
         finally:
             fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
-        appended = bool(tx.appended) and error is None
+        news = tx.news and error is None
         if isinstance(error, Ruined):  # a block did it: its neighbours must not pay for that
             _tell([item for item in group if isinstance(item, Block)], error)
             if others := [item for item in group if not isinstance(item, Block)]:
                 self._commit(others)
             return
         _tell(group, error)
-        if error is None:
-            for listener in tuple(self._listeners) if appended else ():
+        if news:
+            for listener in tuple(self._listeners):
                 listener()
             self._bell.ring()
 

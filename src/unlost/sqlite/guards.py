@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -229,10 +230,10 @@ def explained(path: Path) -> Iterator[None]:
     except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError) as e:
         raise _no_rights(path, e) from e
     except apsw.FullError as e:
-        raise Unavailable(
-            "UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again"
-        ) from e
+        raise _full(path) from e
     except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(path) from e
         raise _no_rights(path, e) from e
     except apsw.IOError as e:
         raise Unavailable(
@@ -311,6 +312,12 @@ def _no_rights(path: Path, e: Exception) -> UnlostError:
         "UL1123", f"{path} cannot be opened for reading and writing", found=str(e),
         fix="check the owner and the rights of the file and its folder, or set UNLOST_BROKER to another path",
     )  # fmt: skip
+
+
+def _full(path: Path) -> UnlostError:
+    return Unavailable(
+        "UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again"
+    )
 
 
 def damaged(path: Path, found: str) -> UnlostError:

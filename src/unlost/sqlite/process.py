@@ -8,6 +8,7 @@ loss: after that nobody asks who had been running.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -50,10 +51,16 @@ class ProcessFile:
     def __init__(self, folder: Path, process: str) -> None:
         self.path = folder / f"{process}.process"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, _SIZE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.write(fd, bytes(_SIZE)) < _SIZE:  # really taken: on a full disk a hole in a map kills the process
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._map = mmap.mmap(fd, _SIZE)
+        except OSError:
+            self.path.unlink(missing_ok=True)
+            os.close(fd)
+            raise
         self._fd = fd
-        self._map = mmap.mmap(fd, _SIZE)
         self._free_cells = list(range(CELLS_MAX - 1, -1, -1))
         self._reads: dict[tuple[int, int], int] = {}
         self.beat()

@@ -76,7 +76,7 @@ class Transaction:
         self.connection = connection
         self.world = world
         self.topic_defaults: dict[str, tuple[int, int | None]] = {}
-        self.appended: set[int] = set()  # partition numbers with new rows in this commit
+        self.news = False  # something in this commit concerns those who wait: they are woken after it
         self._rows: list[Any] = []
         self._tails: dict[int, tuple[int, int]] = {}  # partition number -> next position, digest
         self._topics: dict[str, TopicRow] = {}
@@ -85,7 +85,7 @@ class Transaction:
 
     def begin(self) -> None:
         """Starts a commit. What was cached is dropped if anybody else has committed since."""
-        self.appended.clear()
+        self.news = False
         self._rows.clear()
         version = self.connection.pragma("data_version")
         if version != self._data_version:
@@ -133,6 +133,7 @@ class Transaction:
     def append(self, envelopes: Iterable[Envelope]) -> list[Appended]:
         """Gives each event the next position of its partition. Durable when this commit is."""
         recorded = self.world.now()
+        self.news = True
         tails, rows, result = self._tails, self._rows, []
         for e in envelopes:
             topic = self._topics.get(e.topic) or self.topic(e.topic)
@@ -158,7 +159,6 @@ class Transaction:
                 )
             )
             tails[number] = (position + 1, digest)
-            self.appended.add(number)
             result.append(Appended(partition, position, recorded))
         return result
 

@@ -499,8 +499,9 @@ def _suspect(
     written before it is delivered again: so a handler that kills its process comes to an end."""
     attempt = "its process was killed while it handled only this event"
     if not fated:
-        past = history.setdefault(position, []) if alone else []
-        past.append(Attempt(len(past) + 1, tx.world.now(), attempt))
+        if alone:
+            past = history.setdefault(position, [])
+            past.append(Attempt(len(past) + 1, tx.world.now(), attempt))
         return True
     row = tx.one(
         "select history from unlost_waiting where service = ? and topic = ? and partition = ? and position = ?",

@@ -348,5 +348,3 @@ class _MortalHands:
 
     def close(self) -> None:
         self._real.close()
-
-

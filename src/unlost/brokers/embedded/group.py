@@ -84,6 +84,7 @@ class EmbeddedMember:
         process = self._file.process_id
 
         def work(tx: Transaction) -> None:
+            tx.news = True
             for unit in units:
                 tx.execute(
                     "update unlost_assignment set process = null "
@@ -100,6 +101,7 @@ class EmbeddedMember:
         process = self._file.process_id
 
         def work(tx: Transaction) -> None:
+            tx.news = True
             tx.execute("delete from unlost_member where service = ? and process = ?", (self._service, process))
             tx.execute(
                 "update unlost_assignment set process = null where service = ? and process = ?",

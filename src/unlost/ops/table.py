@@ -1,0 +1,88 @@
+"""THE BOOKS as a table, for the command line and the demo alike. Plain text; colour only where it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from unlost.audit import Book, Books
+from unlost.ops.books import Named
+
+_BOLD, _RED, _OFF = "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
+NAMED_SHOWN = 10
+
+
+def books_table(
+    books: Books,
+    *,
+    services: Iterable[str] | None = None,
+    everything: bool = False,
+    color: bool = False,
+) -> str:
+    """One line per service; each line adds up. States that no service has are left out, but for the usual ones.
+
+    `everything` adds the events that a service has no handler for; without it only what concerns it is counted.
+    """
+    chosen = [books.services[name] for name in (books.services if services is None else services)]
+    columns = [
+        (title, numbers)
+        for title, usual, numbers in _columns(chosen, everything)
+        if usual or any(numbers)
+    ]  # fmt: skip
+    names = ["THE BOOKS", *(book.service for book in chosen)]
+    cells = [[title, *(f"{n:,}" for n in numbers)] for title, numbers in columns]
+    widths = [max(map(len, column)) for column in cells]
+    gap = 3 if max(map(len, names)) + sum(w + 3 for w in widths) <= 80 else 2
+    name_width = max(*map(len, names), min(20, 80 - sum(w + gap for w in widths)))
+    lines = []
+    for row in range(len(names)):
+        line = names[row].ljust(name_width)
+        for column, width in zip(cells, widths, strict=True):
+            text = " " * gap + column[row].rjust(width)
+            bad = row > 0 and column[0] == "UNACCOUNTED" and column[row] != "0"
+            line += f"{_RED}{text}{_OFF}" if color and bad else text
+        lines.append(f"{_BOLD}{line}{_OFF}" if color and row == 0 else line)
+    return "\n".join(lines)
+
+
+def _columns(chosen: Sequence[Book], everything: bool) -> list[tuple[str, bool, list[int]]]:
+    """Title, whether it is always shown, and a number per service."""
+    rules = sorted({rule for book in chosen for rule in book.skipped if everything or rule != "no handler"})
+    return [
+        ("accepted", True, [book.accepted if everything else book.concerns for book in chosen]),
+        ("done", True, [book.done for book in chosen]),
+        *((f"skipped ({rule})", False, [book.skipped.get(rule, 0) for book in chosen]) for rule in rules),
+        ("dead", True, [book.dead for book in chosen]),
+        ("parked", False, [book.parked for book in chosen]),
+        ("retrying", False, [book.retrying for book in chosen]),
+        ("waiting", True, [book.waiting for book in chosen]),
+        ("in flight", True, [book.in_flight for book in chosen]),
+        ("removed", False, [book.removed for book in chosen]),
+        ("abandoned", False, [book.abandoned for book in chosen]),
+        ("expired", False, [book.expired for book in chosen]),
+        ("UNACCOUNTED", True, [book.unaccounted for book in chosen]),
+    ]
+
+
+def missing_lines(books: Books, named: Sequence[Named], *, shown: int = NAMED_SHOWN) -> list[str]:
+    """What does not balance, by name: the first missing events with where they were last seen, then the findings."""
+    lines = []
+    if books.unaccounted:
+        lines.append(f"UNACCOUNTED {books.unaccounted:,}")
+    for m in named[:shown]:
+        what = f"{m.type or 'an event'} {m.id or '(its id is not known)'}"
+        lines.append(f"  {safe(what)}" + (f"  key {safe(m.key)}" if m.key is not None else ""))
+        lines.append(f"      {m.service} {m.topic}/{m.partition}:{m.position}: {m.why}")
+        lines.append(f"      last seen {safe(m.last_seen)}")
+    rest = books.unaccounted - min(len(named), shown)
+    if rest > 0:
+        lines.append(f"  … and {rest:,} more")
+    lines.extend(f"finding: {safe(text)}" for text in books.findings[:shown])
+    if len(books.findings) > shown:
+        lines.append(f"  … and {len(books.findings) - shown:,} findings more")
+    lines.extend(f"unaccountable: {safe(text)}" for text in books.unaccountable)
+    return lines
+
+
+def safe(text: str) -> str:
+    """Text from events, with control characters escaped: no event may steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

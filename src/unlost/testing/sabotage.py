@@ -1,0 +1,4 @@
+"""Planted bugs."""
+
+def from_environment() -> None:
+    pass
