@@ -558,7 +558,9 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def prove(folder: Path, *, seed: int, rounds: int, sample: int, kind: type[File] = SmallWal) -> tuple[int, list[Finding]]:
+def prove(
+    folder: Path, *, seed: int, rounds: int, sample: int, kind: type[File] = SmallWal
+) -> tuple[int, list[Finding]]:
     with Disk() as disk:
         work = Workload(disk, folder / "live", seed, kind)
         asyncio.run(work.run(rounds))

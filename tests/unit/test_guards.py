@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -54,20 +55,13 @@ def make(path: Path, events: int = 30, *, clean: bool = True) -> list[str]:
 
 def read_all(path: Path) -> set[str]:
     """Opens as every program does, and reads every event with all checks."""
-    from unlost.brokers.embedded.broker import read_topics
-    from unlost.brokers.embedded.log import read_partition
-
     file = File(path)
     try:
+        broker = EmbeddedBroker(file)
         found = set()
-        for topic in file.read(read_topics):
-            number = file.read(
-                lambda c: c.execute("select first_number from unlost_topic").fetchone()[0]
-            )
-            for p in range(topic.partitions):
-                events = file.read(
-                    lambda c, p=p: read_partition(path, c, topic.name, p, number + p, 0, 10_000)  # type: ignore[misc]
-                )
+        for topic in asyncio.run(broker.topics()):
+            for partition in range(topic.partitions):
+                events = asyncio.run(broker.read(topic.name, partition, 0, 10_000))
                 found |= {a.envelope.id for a in events if a.envelope is not None}
         return found
     finally:
@@ -415,9 +409,7 @@ def hold_locked(path: Path, begin: str) -> subprocess.Popen[str]:
         "db.execute('update unlost_commit set n = n'); db.execute('commit')",
     ],
 )
-def test_a_file_locked_by_another_program_is_explained(
-    path: Path, monkeypatch: pytest.MonkeyPatch, begin: str
-) -> None:
+def test_a_file_locked_by_another_program_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch, begin: str) -> None:
     monkeypatch.setattr(file_module, "BUSY_MS", 50)
     acknowledged = set(make(path, 3))
     holder = hold_locked(path, begin)

@@ -105,6 +105,8 @@ class Member(Protocol):
 
 
 class Broker(Protocol):
+    """Moves events. See the top of this file for what each adapter promises."""
+
     abilities: Abilities
 
     async def open(self) -> None: ...

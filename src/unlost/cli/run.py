@@ -19,14 +19,18 @@ LEVELS = ("debug", "info", "warning", "error")
 
 def run(
     app: Annotated[
-        str | None, Parameter(name=["APP", "--app"], help="module, module:attribute or file.py. Else UNLOST_APP, pyproject.")
+        str | None,
+        Parameter(name=["APP", "--app"], help="module, module:attribute or file.py. Else UNLOST_APP, pyproject."),
     ] = None,
     *,
     service: Annotated[
-        list[str] | None, Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again.")
+        list[str] | None,
+        Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again."),
     ] = None,
     broker: BrokerUrl = None,
-    log: Annotated[str | None, Parameter(name="--log", help="debug, info, warning or error. Else UNLOST_LOG, info.")] = None,
+    log: Annotated[
+        str | None, Parameter(name="--log", help="debug, info, warning or error. Else UNLOST_LOG, info.")
+    ] = None,
     json: JsonLines = False,
 ) -> int:
     """Run the services of your App until Ctrl-C.

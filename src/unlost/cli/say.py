@@ -15,7 +15,9 @@ from unlost.errors import UnlostError
 # to move the cursor, set the title of the window or reverse what an operator reads.
 _CONTROL = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0))}
 _BIDI = {n: f"\\u{n:04x}" for n in (0x200B, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A), 0xFEFF)}
-_ESCAPES = _CONTROL | _BIDI | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"} | {n: f"\\u{n:04x}" for n in range(0xD800, 0xE000)}
+_ESCAPES = (
+    _CONTROL | _BIDI | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"} | {n: f"\\u{n:04x}" for n in range(0xD800, 0xE000)}
+)
 _LINES = {n: text for n, text in _ESCAPES.items() if n != 0x0A}
 
 
@@ -57,11 +59,12 @@ def _write(stream: TextIO, line: str) -> None:
         stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
 
 
-def print_json(schema: str, members: Mapping[str, Any]) -> None:
+def print_json(schema: str, members: Mapping[str, Any], *, flush: bool = True) -> None:
     """One line of JSON that says its own schema. Times are RFC 3339, keys and texts are not escaped for terminals
     but by JSON itself."""
     out(msgspec.json.encode({"schema": f"unlost.{schema}", **members}, enc_hook=str).decode())
-    sys.stdout.flush()
+    if flush:
+        sys.stdout.flush()
 
 
 def print_error(e: UnlostError, *, as_json: bool) -> None:

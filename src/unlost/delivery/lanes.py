@@ -24,7 +24,18 @@ from unlost.store.port import Attempt, Taken
 class Delivery:
     """One event in the hands of one service."""
 
-    __slots__ = ("arrival", "attempts", "cls", "event_hash", "handler", "lane", "seen", "suspect", "waited")
+    __slots__ = (
+        "arrival",
+        "attempts",
+        "cls",
+        "event_hash",
+        "handler",
+        "lane",
+        "seen",
+        "suspect",
+        "unsettled",
+        "waited",
+    )
 
     def __init__(
         self,
@@ -47,6 +58,7 @@ class Delivery:
         self.waited = waited
         self.suspect = suspect
         self.seen: int | None = None  # content of an event of the same id in the inbox
+        self.unsettled = False  # its last attempt is on its way to the store
 
     @property
     def position(self) -> int:
@@ -87,7 +99,8 @@ class Lane:
     @property
     def startable(self) -> bool:
         return (
-            not (self.blocked or self.running or self.ready or self.sleeping or self.owned.gone)
+            not (self.blocked or self.running or self.ready or self.sleeping)
+            and not (self.owned.gone or self.owned.draining)
             and bool(self.stored or self.queue or self.loaded)
         )  # fmt: skip
 

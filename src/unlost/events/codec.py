@@ -313,7 +313,7 @@ def _check_time(name: str, text: str) -> None:
                 when.astimezone(UTC)
             return
     except (ValueError, OverflowError):
-        pass
+        pass  # said below, together with what else may be wrong with it
     _wrong(name, text, "a time as RFC 3339 writes it")
 
 

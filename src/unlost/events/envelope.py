@@ -122,7 +122,7 @@ def seal(
             if not subject.isprintable():
                 subject = None  # CloudEvents text has no control characters; the key itself travels as bytes
         except UnicodeDecodeError:
-            pass
+            pass  # no subject then: the key itself travels as bytes
 
     if cause is None:
         correlation, causation, parent, state = id, None, None, None

@@ -300,7 +300,7 @@ class File:
                 while len(group) < GROUP_MAX:
                     group.append(self._queue.get_nowait())
             except queue.Empty:
-                pass
+                pass  # that was all
             stop = any(item is _STOP for item in group)
             group = [item for item in group if item is not _STOP]
             if group:

@@ -303,7 +303,7 @@ def _opened_by_another_library(path: Path) -> str:
             if fd.readlink() == path:
                 return f"file descriptor {fd.name} is open on it"
         except OSError:
-            continue
+            continue  # closed meanwhile
     return ""
 
 

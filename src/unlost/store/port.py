@@ -168,6 +168,8 @@ class Hands(Protocol):
 
 
 class Store(Protocol):
+    """Remembers, in transactions, what became of each event. See the top of this file for what each store promises."""
+
     @property
     def id(self) -> str: ...
 

@@ -1,0 +1,257 @@
+"""Looking at a broker: `status`, `audit`, `topic list`, `config`. None of them changes anything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+
+from unlost.audit import Book, Books, reconcile
+from unlost.cli.options import AppName, BrokerUrl, Json
+from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
+from unlost.errors import Damaged, UsageError
+from unlost.ops import books as ledger
+from unlost.ops.connect import opened
+from unlost.ops.settings import hide_secrets, settings
+from unlost.ops.status import ServiceStatus, status as look_at
+from unlost.ops.table import books_table, missing_lines
+from unlost.ops.topics import topics
+from unlost.world import REAL, rfc3339
+
+LOSS = Damaged.exit_code
+
+
+def status(*, broker: BrokerUrl = None, json: Json = False) -> int:
+    """Show how each service is doing and what to do next.
+
+    **Needs** only the broker.
+
+    **Examples**
+
+    - `unlost status`
+    - `unlost status --json | jq '.services[] | select(.dead > 0)'`
+    """
+    with opened(broker) as file:
+        found = look_at(file)
+    now = REAL.now()
+    if json:
+        print_json("status/1", _status_json(msgspec.to_builtins(found), found.services))
+        return 0
+    out(f"broker  {clean(found.path)}   {_size(found.bytes)}")
+    out()
+    if found.services:
+        columns = ["SERVICE", "running", "partitions", "waiting", "oldest", "in flight", "retrying", "parked", "dead"]
+        rows = [
+            [
+                clean(s.name), _alive(s), f"{s.owned} of {s.partitions}", f"{s.waiting:,}", _age(s.oldest, now),
+                f"{s.in_flight:,}", f"{s.retrying:,}", f"{s.parked:,}", f"{s.dead:,}",
+            ]
+            for s in found.services
+        ]  # fmt: skip
+        for line in _aligned([columns, *rows], left=1):
+            out(line)
+        for s in found.services:
+            for todo in s.todo:
+                out(f"{bold(clean(s.name))}: {clean(todo)}")
+    else:
+        out("no service has run on it yet: unlost run")
+    out()
+    out(f"{len(found.topics)} topics, {sum(t.events for t in found.topics):,} events: unlost topic list")
+    return 0
+
+
+def _alive(s: ServiceStatus) -> str:
+    hung = sum(p.hung for p in s.processes)
+    return f"{s.alive} ({hung} hung)" if hung else str(s.alive)
+
+
+def _status_json(members: dict[str, Any], services: Sequence[ServiceStatus]) -> dict[str, Any]:
+    for found, s in zip(members["services"], services, strict=True):
+        found["alive"] = s.alive
+        found["oldest"], found["next_retry"] = _time(s.oldest), _time(s.next_retry)
+    for topic in members["topics"]:
+        topic["oldest"], topic["newest"] = _time(topic["oldest"]), _time(topic["newest"])
+    return members
+
+
+def audit(
+    *,
+    service: Annotated[
+        list[str] | None, Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again.")
+    ] = None,
+    all: Annotated[bool, Parameter(name="--all", negative="", help="Also count the events that no handler wants.")] = False,
+    verify: Annotated[
+        bool, Parameter(name="--verify", negative="", help="Also read every stored event and check its checksum.")
+    ] = False,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Balance the books: is every accepted event accounted for?
+
+    For each service: accepted = done + dead + waiting + in flight + ... + UNACCOUNTED, and UNACCOUNTED must be 0.
+    If it is not, the missing events are named with where they were last seen, and the command ends with 3.
+    Safe at any time, also while services run.
+
+    **Needs** only the broker.
+
+    **Examples**
+
+    - `unlost audit`
+    - `unlost audit --verify` also reads and checks every stored event
+    - `unlost audit --json | jq .unaccounted`
+    """
+    with opened(broker) as file:
+        evidence = file.read(lambda c: ledger.gather(file, c))
+        known = {e.service for e in evidence}
+        unknown = [name for name in service or () if name not in known]
+        if unknown:
+            raise UsageError(
+                "UL1331", f"no service {unknown[0]!r} has run on this broker", found=f"{', '.join(sorted(known)) or 'none'}"
+            )
+        found = reconcile(e for e in evidence if not service or e.service in service)
+        named = ledger.name_missing(file, found.missing)
+        problems = ledger.verify(file) if verify else []
+        path = file.path
+    code = 0 if found.balanced and not problems else LOSS
+    if json:
+        print_json(
+            "audit/1",
+            {
+                "broker": str(path), "balanced": found.balanced, "unaccounted": found.unaccounted,
+                "services": [_book_json(book) for book in found.services.values()],
+                "missing": [_missing_json(m) for m in named], "missing_more": found.unaccounted - len(named),
+                "findings": found.findings, "unaccountable": found.unaccountable,
+                "verified": verify, "damaged": problems,
+            },
+        )  # fmt: skip
+        return code
+    _print_books(found, named, all)
+    for problem in problems:
+        out(warn(f"damaged: {clean(problem)}"))
+    if verify and not problems:
+        out("every stored event matches its checksum")
+    if code:
+        note(warn("the books do not balance" if not found.balanced else "stored events are damaged", sys.stderr))
+    out(dim(f"broker {clean(path)}"))
+    return code
+
+
+def _print_books(found: Books, named: Sequence[ledger.Named], everything: bool) -> None:
+    if not found.services:
+        out("no service has run on this broker yet; there is nothing to balance")
+        return
+    out(books_table(found, everything=everything, color=coloured(sys.stdout)))
+    for line in missing_lines(found, named):
+        out(warn(line) if line.startswith("UNACCOUNTED") else line)
+
+
+def _book_json(book: Book) -> dict[str, Any]:
+    return {**msgspec.to_builtins(book), "concerns": book.concerns}
+
+
+def _missing_json(m: ledger.Named) -> dict[str, Any]:
+    return {**msgspec.to_builtins(m), "recorded": _time(m.recorded)}
+
+
+def topic_list(*, broker: BrokerUrl = None, json: Json = False) -> int:
+    """List the topics: partitions, events, and who reads them.
+
+    **Needs** only the broker.
+
+    **Example**
+
+    - `unlost topic list`
+    """
+    with opened(broker) as file:
+        found = topics(file)
+        path = file.path
+    if json:
+        rows = [
+            {**msgspec.to_builtins(t), "oldest": _time(t.oldest), "newest": _time(t.newest)} for t in found
+        ]
+        print_json("topics/1", {"broker": str(path), "topics": rows})
+        return 0
+    if not found:
+        out(f"no topics in {clean(path)}")
+        return 0
+    now = REAL.now()
+    rows_of_text = [
+        [
+            clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
+            "all" if t.retention is None else _span(t.retention), ", ".join(map(clean, t.services)) or "nobody",
+        ]
+        for t in found
+    ]  # fmt: skip
+    for line in _aligned([["TOPIC", "partitions", "events", "newest", "kept", "read by"], *rows_of_text], left=1, last=True):
+        out(line)
+    return 0
+
+
+def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = False) -> int:
+    """Show each setting and where it comes from. Secrets are hidden.
+
+    **Needs** nothing; with `--app` it also says what your code sets.
+
+    **Examples**
+
+    - `unlost config`
+    - `unlost config --app hello --json`
+    """
+    found = settings(app=app, broker=broker)
+    if app is not None and broker is None:
+        from unlost.ops.load import load
+
+        url = load(app).app._url
+        if url is not None:
+            found = [
+                msgspec.structs.replace(v, value=hide_secrets(url), source="code") if v.name == "broker" else v
+                for v in found
+            ]
+    if json:
+        print_json("config/1", {"settings": msgspec.to_builtins(found)})
+        return 0
+    for line in _aligned([[v.name, clean(v.value) or "-", v.source] for v in found], left=3):
+        out(line)
+    return 0
+
+
+# --- words for people ------------------------------------------------------------------------------------
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: int, last: bool = False) -> list[str]:
+    """Columns: the first `left` (and the last one, if said) to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left or (last and i == len(row) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _time(micros: int | None) -> str | None:
+    return None if micros is None else rfc3339(micros)
+
+
+def _age(micros: int | None, now: int) -> str:
+    return "-" if micros is None else _span(max(0, now - micros) / 1e6)
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,187 @@
+"""`unlost publish`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from unlost.app import App
+from unlost.brokers.port import Receipt
+from unlost.cli.options import AppName, BrokerUrl, JsonLines
+from unlost.cli.say import clean, clean_lines, note, out, print_json, red
+from unlost.errors import UnlostError, UsageError
+from unlost.events import Envelope, Event, seal
+from unlost.ops.load import load
+from unlost.ops.publish import LINE_BYTES_MAX, build, find_class, read_line, split_fields
+from unlost.ops.tail import moment
+from unlost.world import REAL, rfc3339
+
+BATCH_MAX = 500
+_CHUNK = 1 << 18
+
+
+def publish(
+    type: Annotated[str, Parameter(help="Wire type or class name; or - for lines from stdin.")],
+    /,
+    *fields: Annotated[str, Parameter(help="field=value, or - for lines of bare data from stdin.")],
+    id: Annotated[
+        str | None, Parameter(help="Id of the event; publishing it again with the same id is recognised.")
+    ] = None,
+    occurred_at: Annotated[str | None, Parameter(help="When it happened: RFC 3339, or 10m (ago).")] = None,
+    header: Annotated[
+        list[str] | None, Parameter(name="--header", negative="", help="name=value; may be given again.")
+    ] = None,
+    app: AppName = None,
+    broker: BrokerUrl = None,
+    json: JsonLines = False,
+) -> int:
+    """Publish an event, or one per line of stdin.
+
+    Values are checked against the class in your code. Prints the receipt: the event's id and its place in the log;
+    when you see it, the event is durable. From stdin, each line is acknowledged when it is durable; a line that is no
+    event is refused with its number, the others go on, and the command ends with 1.
+
+    **Needs** your code and the broker.
+
+    **Examples**
+
+    - `unlost publish OrderPlaced order_id=A1 total_cents=1999 --app hello`
+    - `unlost publish OrderPlaced - < orders.ndjson` reads bare data: `{"order_id": "A1", "total_cents": 1999}`
+    - `unlost publish - < events.ndjson` reads `{"type": "order.OrderPlaced", "data": {...}, "id": "A1-placed"}`; lines
+      with an id can safely be sent again
+    """
+    lines = type == "-" or fields == ("-",)
+    if lines and (id is not None or occurred_at is not None or header or (type == "-" and fields)):
+        raise UsageError(
+            "UL1329", "lines from stdin bring their own fields, id, time and headers",
+            fix='write them into the line: {"type": ..., "data": {...}, "id": ..., "headers": {...}}',
+        )  # fmt: skip
+    loaded = load(app, broker=broker)
+    for line in loaded.notes:
+        note(clean_lines(line))
+    if lines:
+        return _Lines(loaded.app, None if type == "-" else find_class(type), json).run()
+    envelope = _one(loaded.app, find_class(type), list(fields), id, occurred_at, header or [])
+    with asyncio.Runner() as runner:
+        receipt = runner.run(_accept_one(loaded.app, envelope))
+    _acknowledge(receipt, json)
+    return 0
+
+
+def _one(
+    app: App, cls: type[Event], fields: list[str], id: str | None, occurred_at: str | None, header: list[str]
+) -> Envelope:
+    values, field_id = split_fields(cls, fields)
+    if id is not None and field_id is not None:
+        raise UsageError("UL1323", "the id is given twice", found=f"id={field_id} and --id {id}")
+    headers = {}
+    for text in header:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError("UL1323", "a header is given as name=value", found=repr(text)[:100])
+        headers[name] = value
+    when = None
+    if occurred_at is not None:
+        from datetime import UTC, datetime, timedelta
+
+        when = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=moment(occurred_at))
+    event = build(cls, values)
+    return seal(
+        event, source=app.name, id=field_id if id is None else id, occurred_at=when, headers=headers, now=REAL.now()
+    )
+
+
+async def _accept_one(app: App, envelope: Envelope) -> Receipt:
+    async with app:
+        _say_if_made(app)
+        return (await app.accept([envelope]))[0]
+
+
+def _say_if_made(app: App) -> None:
+    if app.file.created:
+        note(f"made {clean(app.file.path)}")
+
+
+class _Lines:
+    """Events from stdin. What has come in is published as one batch, so that a slow source does not wait for its
+    receipts and a fast one does not pay for each line."""
+
+    def __init__(self, app: App, cls: type[Event] | None, as_json: bool) -> None:
+        self._app = app
+        self._cls = cls
+        self._json = as_json
+        self._number = 0
+        self._accepted = 0
+        self._refused = 0
+
+    def run(self) -> int:
+        with asyncio.Runner() as runner:
+            runner.run(self._app.__aenter__())
+            _say_if_made(self._app)
+            try:
+                for lines in _chunks():
+                    for start in range(0, len(lines), BATCH_MAX):
+                        self._publish(runner, lines[start : start + BATCH_MAX])
+            finally:
+                self._summary()
+                runner.run(self._app.__aexit__(None, None, None))
+        return 1 if self._refused else 0
+
+    def _publish(self, runner: asyncio.Runner, lines: list[bytes]) -> None:
+        batch: list[tuple[int, Envelope]] = []
+        for raw in lines:
+            self._number += 1
+            if not raw.strip():
+                continue
+            try:
+                if len(raw) > LINE_BYTES_MAX:
+                    raise UsageError("UL1327", f"a line has at most {LINE_BYTES_MAX} bytes")
+                batch.append((self._number, read_line(raw, self._cls, source=self._app.name, now=REAL.now())))
+            except UnlostError as e:
+                self._refuse(e)
+        if batch:
+            receipts = runner.run(self._app.accept([envelope for _, envelope in batch]))
+            self._accepted += len(receipts)
+            for (number, _), receipt in zip(batch, receipts, strict=True):
+                _acknowledge(receipt, self._json, number)
+            sys.stdout.flush()
+
+    def _refuse(self, e: UnlostError) -> None:
+        self._refused += 1
+        if self._json:
+            members = {"line": self._number, "code": e.code, "what": e.what, "found": e.found, "fix": e.fix}
+            print_json("refused/1", members)
+        note(red(clean_lines(f"line {self._number}: {e}")))
+
+    def _summary(self) -> None:
+        refused = f", {self._refused:,} lines refused" if self._refused else ""
+        note(f"{self._accepted:,} events published{refused}")
+
+
+def _chunks() -> Iterator[list[bytes]]:
+    """Whole lines as they come in. An endless line is cut, so that it is refused and not collected in memory."""
+    rest = b""
+    while chunk := os.read(sys.stdin.fileno(), _CHUNK):
+        if b"\n" not in chunk:
+            rest = (rest + chunk)[: LINE_BYTES_MAX + 1]
+            continue
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield lines
+    if rest:
+        yield [rest]
+
+
+def _acknowledge(receipt: Receipt, as_json: bool, line: int | None = None) -> None:
+    if as_json:
+        members = {
+            "id": receipt.id, "topic": receipt.topic, "partition": receipt.partition, "position": receipt.position,
+            "recorded": rfc3339(receipt.recorded),
+        }  # fmt: skip
+        print_json("receipt/1", members if line is None else {"line": line, **members}, flush=line is None)
+    else:
+        out(f"{clean(receipt.id)}  {receipt.topic}/{receipt.partition}:{receipt.position}")
