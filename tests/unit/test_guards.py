@@ -16,6 +16,7 @@ from pathlib import Path
 import apsw
 import pytest
 
+from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.errors import Damaged, Unavailable, UnlostError, UsageError
 from unlost.sqlite import file as file_module
 from unlost.sqlite import guards

@@ -10,13 +10,14 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost.audit import Book, Books, reconcile
-from unlost.cli.options import AppName, BrokerUrl, Json
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, span, url_of
 from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
 from unlost.errors import Damaged, UsageError
 from unlost.ops import books as ledger
 from unlost.ops.connect import opened
 from unlost.ops.settings import hide_secrets, settings
-from unlost.ops.status import ServiceStatus, status as look_at
+from unlost.ops.status import ServiceStatus
+from unlost.ops.status import status as look_at
 from unlost.ops.table import books_table, missing_lines
 from unlost.ops.topics import topics
 from unlost.world import REAL, rfc3339
@@ -24,7 +25,7 @@ from unlost.world import REAL, rfc3339
 LOSS = Damaged.exit_code
 
 
-def status(*, broker: BrokerUrl = None, json: Json = False) -> int:
+def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
     """Show how each service is doing and what to do next.
 
     **Needs** only the broker.
@@ -34,7 +35,7 @@ def status(*, broker: BrokerUrl = None, json: Json = False) -> int:
     - `unlost status`
     - `unlost status --json | jq '.services[] | select(.dead > 0)'`
     """
-    with opened(broker) as file:
+    with opened(url_of(app, broker)) as file:
         found = look_at(file)
     now = REAL.now()
     if json:
@@ -51,7 +52,7 @@ def status(*, broker: BrokerUrl = None, json: Json = False) -> int:
             ]
             for s in found.services
         ]  # fmt: skip
-        for line in _aligned([columns, *rows], left=1):
+        for line in aligned([columns, *rows], left="lrrrrrrrr"):
             out(line)
         for s in found.services:
             for todo in s.todo:
@@ -80,12 +81,16 @@ def _status_json(members: dict[str, Any], services: Sequence[ServiceStatus]) -> 
 def audit(
     *,
     service: Annotated[
-        list[str] | None, Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again.")
+        list[str] | None,
+        Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again."),
     ] = None,
-    all: Annotated[bool, Parameter(name="--all", negative="", help="Also count the events that no handler wants.")] = False,
+    all: Annotated[
+        bool, Parameter(name="--all", negative="", help="Also count the events that no handler wants.")
+    ] = False,
     verify: Annotated[
         bool, Parameter(name="--verify", negative="", help="Also read every stored event and check its checksum.")
     ] = False,
+    app: OfApp = None,
     broker: BrokerUrl = None,
     json: Json = False,
 ) -> int:
@@ -103,13 +108,15 @@ def audit(
     - `unlost audit --verify` also reads and checks every stored event
     - `unlost audit --json | jq .unaccounted`
     """
-    with opened(broker) as file:
+    with opened(url_of(app, broker)) as file:
         evidence = file.read(lambda c: ledger.gather(file, c))
         known = {e.service for e in evidence}
         unknown = [name for name in service or () if name not in known]
         if unknown:
             raise UsageError(
-                "UL1331", f"no service {unknown[0]!r} has run on this broker", found=f"{', '.join(sorted(known)) or 'none'}"
+                "UL1331",
+                f"no service {unknown[0]!r} has run on this broker",
+                found=f"{', '.join(sorted(known)) or 'none'}",
             )
         found = reconcile(e for e in evidence if not service or e.service in service)
         named = ledger.name_missing(file, found.missing)
@@ -156,7 +163,7 @@ def _missing_json(m: ledger.Named) -> dict[str, Any]:
     return {**msgspec.to_builtins(m), "recorded": _time(m.recorded)}
 
 
-def topic_list(*, broker: BrokerUrl = None, json: Json = False) -> int:
+def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
     """List the topics: partitions, events, and who reads them.
 
     **Needs** only the broker.
@@ -165,13 +172,11 @@ def topic_list(*, broker: BrokerUrl = None, json: Json = False) -> int:
 
     - `unlost topic list`
     """
-    with opened(broker) as file:
+    with opened(url_of(app, broker)) as file:
         found = topics(file)
         path = file.path
     if json:
-        rows = [
-            {**msgspec.to_builtins(t), "oldest": _time(t.oldest), "newest": _time(t.newest)} for t in found
-        ]
+        rows = [{**msgspec.to_builtins(t), "oldest": _time(t.oldest), "newest": _time(t.newest)} for t in found]
         print_json("topics/1", {"broker": str(path), "topics": rows})
         return 0
     if not found:
@@ -181,11 +186,11 @@ def topic_list(*, broker: BrokerUrl = None, json: Json = False) -> int:
     rows_of_text = [
         [
             clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
-            "all" if t.retention is None else _span(t.retention), ", ".join(map(clean, t.services)) or "nobody",
+            "all" if t.retention is None else span(t.retention), ", ".join(map(clean, t.services)) or "nobody",
         ]
         for t in found
     ]  # fmt: skip
-    for line in _aligned([["TOPIC", "partitions", "events", "newest", "kept", "read by"], *rows_of_text], left=1, last=True):
+    for line in aligned([["TOPIC", "partitions", "events", "newest", "kept", "read by"], *rows_of_text], left="lrrrrl"):
         out(line)
     return 0
 
@@ -213,7 +218,7 @@ def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = F
     if json:
         print_json("config/1", {"settings": msgspec.to_builtins(found)})
         return 0
-    for line in _aligned([[v.name, clean(v.value) or "-", v.source] for v in found], left=3):
+    for line in aligned([[v.name, clean(v.value) or "-", v.source] for v in found], left="lll"):
         out(line)
     return 0
 
@@ -221,32 +226,12 @@ def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = F
 # --- words for people ------------------------------------------------------------------------------------
 
 
-def _aligned(rows: Sequence[Sequence[str]], *, left: int, last: bool = False) -> list[str]:
-    """Columns: the first `left` (and the last one, if said) to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < left or (last and i == len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
 def _time(micros: int | None) -> str | None:
     return None if micros is None else rfc3339(micros)
 
 
 def _age(micros: int | None, now: int) -> str:
-    return "-" if micros is None else _span(max(0, now - micros) / 1e6)
-
-
-def _span(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
+    return "-" if micros is None else span(max(0, now - micros) / 1e6)
 
 
 def _size(count: float) -> str:

@@ -12,26 +12,54 @@ from unlost.cli.say import clean_lines, note, print_error, red
 from unlost.errors import UnlostError, UsageError
 
 INTERRUPTED = 130
+EXAMPLE = """\
+**Start**: `unlost demo`, or `unlost run hello` where hello.py makes an App.
+`unlost COMMAND --help` explains a command, with examples.
+"""
 
 
 def commands() -> cyclopts.App:
     from unlost import __version__
 
-    work, look, act = (
+    first, work, look, act, other = (
         cyclopts.Group(title, sort_key=n)
-        for n, title in enumerate(["Work with your code", "Look at the broker", "Change something"])
+        for n, title in enumerate(
+            ["Start here", "Work with your code", "Look at the broker (your code is not needed)", "Set right", "Other"]
+        )
     )
     root = cyclopts.App(
         name="unlost",
         help="Event-driven services in which no event is lost, and it can be proved.",
         help_format="markdown",
+        help_epilogue=EXAMPLE,
         version=__version__,
+        group_commands=other,
+        group_parameters=cyclopts.Group("Options"),
+        group_arguments=cyclopts.Group("Arguments"),
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
         suppress_keyboard_interrupt=False,
     )
-    root.command("unlost.cli.run:run", name="run", group=work)
+    topic = cyclopts.App(name="topic", group=look, help="Topics.")
+    dead = cyclopts.App(name="dead", group=act, help="The shelf: events that could not be handled.")
+    for app, name, where, group, text in (
+        (root, "demo", "demo:demo", first, "See it work: a shop on real orders under kill -9."),
+        (root, "run", "run:run", work, "Run the services of your App."),
+        (root, "publish", "publish:publish", work, "Publish an event, or one per line of stdin."),
+        (root, "status", "look:status", look, "How each service is doing, and what to do next."),
+        (root, "audit", "look:audit", look, "Balance the books: is every event accounted for?"),
+        (root, "tail", "tail:tail", look, "Show events as they stand in the log."),
+        (root, "config", "look:show_config", look, "Each setting and where it comes from."),
+        (topic, "list", "look:topic_list", None, "List topics: partitions, events, who reads them."),
+        (dead, "list", "dead:dead_list", None, "List the dead letters."),
+        (dead, "show", "dead:dead_show", None, "Show one: why it died, each attempt."),
+        (dead, "redrive", "dead:redrive", None, "Have them handled again."),
+        (dead, "discard", "dead:discard", None, "Give them up; the books count them as removed."),
+    ):
+        app.command(f"unlost.cli.{where}", name=name, help=text, group=group)
+    root.command(topic)
+    root.command(dead)
     return root
 
 

@@ -1,7 +1,9 @@
-"""Options that several commands have, said the same way everywhere."""
+"""What several commands have in common: options, and words for people."""
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,5 +16,47 @@ BrokerUrl = Annotated[
     str | None,
     Parameter(name="--broker", help="URL of the broker. Else UNLOST_BROKER, pyproject, .unlost/events.db."),
 ]
+OfApp = Annotated[str | None, Parameter(name="--app", help="Look at the broker that this App names in its code.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object instead of text.")]
 JsonLines = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object per line instead of text.")]
+
+
+def url_of(app: str | None, broker: str | None) -> str | None:
+    """The broker to look at: the flag, else what the code of an App says that was named with `--app`."""
+    if app is None:
+        return broker
+    from unlost.ops.load import load
+
+    loaded = load(app)  # also without need of its URL: whoever names an App wants it imported
+    return broker if broker is not None else loaded.app._url
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: str) -> list[str]:
+    """Columns of text; `left` has a letter per column: l to the left, r to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for side, cell, width in zip(left, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def span(seconds: float) -> str:
+    """How long, in the largest unit that says something: `14 s`, `3 h`."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(max(0, seconds))} s"
+
+
+def shown_bytes(name: str, value: bytes | None) -> dict[str, str | None]:
+    """For JSON: as text where it is text, else under another name as base64, so that it says exactly what is stored."""
+    if value is None:
+        return {name: None}
+    try:
+        return {name: value.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(value).decode()}

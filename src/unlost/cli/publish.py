@@ -166,7 +166,7 @@ class _Lines:
 def _chunks() -> Iterator[list[bytes]]:
     """Whole lines as they come in. An endless line is cut, so that it is refused and not collected in memory."""
     rest = b""
-    while chunk := os.read(sys.stdin.fileno(), _CHUNK):
+    while chunk := _read():
         if b"\n" not in chunk:
             rest = (rest + chunk)[: LINE_BYTES_MAX + 1]
             continue
@@ -174,6 +174,13 @@ def _chunks() -> Iterator[list[bytes]]:
         yield lines
     if rest:
         yield [rest]
+
+
+def _read() -> bytes:
+    try:
+        return os.read(0, _CHUNK)
+    except OSError as e:
+        raise UsageError("UL1338", "there is nothing to read on stdin", found=str(e)) from e
 
 
 def _acknowledge(receipt: Receipt, as_json: bool, line: int | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +11,7 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, JsonLines
+from unlost.cli.options import AppName, BrokerUrl, JsonLines, shown_bytes, url_of
 from unlost.cli.say import clean, dim, key_text, note, out, print_json
 from unlost.errors import UsageError
 from unlost.ops.connect import opened
@@ -41,7 +40,9 @@ def tail(
     data: Annotated[
         bool, Parameter(name="--data", negative="", help="Show the data; needs your code to know what is sensitive.")
     ] = False,
-    raw: Annotated[bool, Parameter(name="--raw", negative="", help="Show the data as stored, sensitive or not.")] = False,
+    raw: Annotated[
+        bool, Parameter(name="--raw", negative="", help="Show the data as stored, sensitive or not.")
+    ] = False,
     app: AppName = None,
     broker: BrokerUrl = None,
     json: JsonLines = False,
@@ -63,11 +64,10 @@ def tail(
         raise UsageError("UL1330", "a limit is not negative", found=str(limit))
     since = None if from_ is None else moment(from_)
     show = "raw" if raw else "data" if data else "none"
-    if show == "data" and (app or config.setting("app").value):
-        broker = broker or (load(app).app._url if app else None)
-        if not app:
-            load()
-    with opened(broker) as file:
+    url = url_of(app, broker)
+    if show == "data" and app is None and config.setting("app").value:
+        load()
+    with opened(url) as file:
         source = Tail(file, type=type, key=key)
         shown = 0
         try:
@@ -121,7 +121,7 @@ def _print_json(seen: Seen, show: str) -> None:
     e = a.envelope
     members: dict[str, Any] = {
         "topic": topic, "partition": partition, "position": a.position, "recorded": rfc3339(a.recorded),
-        **_bytes("key", a.key),
+        **shown_bytes("key", a.key),
     }  # fmt: skip
     if e is None:
         members["problem"] = a.problem
@@ -133,15 +133,5 @@ def _print_json(seen: Seen, show: str) -> None:
         if show == "data":
             members["data"] = shown_data(e)
     if show == "raw":
-        members |= _bytes("data", a.data)
+        members |= shown_bytes("data", a.data)
     print_json("event/1", members, flush=False)
-
-
-def _bytes(name: str, value: bytes | None) -> dict[str, str | None]:
-    """As text where it is text, else under another name as base64: what is printed says exactly what is stored."""
-    if value is None:
-        return {name: None}
-    try:
-        return {name: value.decode()}
-    except UnicodeDecodeError:
-        return {f"{name}_base64": base64.b64encode(value).decode()}

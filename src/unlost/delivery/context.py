@@ -172,6 +172,7 @@ class TransactionBlock:
         self._block: Block | None = None
         self._token: Any = None
         self.finished = False
+        self._before = 0  # how many events were published before the block
         self.error: BaseException | None = None
         self.durable = threading.Event()
         self._committed: asyncio.Future[None] | None = None
@@ -193,13 +194,14 @@ class TransactionBlock:
             block.abort()
             raise
         self._token = in_block.set(True)
+        self._before = len(self._ctx.published)
         return AsyncDb(block)
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         in_block.reset(self._token)
         assert self._block is not None
         if error is not None:
-            self._block.abort()
+            self._roll_back(self._block)
             return
         self._finish(self._block)
         assert self._committed is not None
@@ -225,18 +227,23 @@ class TransactionBlock:
             block.abort()
             raise
         self._token = in_block.set(True)
+        self._before = len(self._ctx.published)
         return Db(block)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         in_block.reset(self._token)
         assert self._block is not None
         if error is not None:
-            self._block.abort()
+            self._roll_back(self._block)
             return
         self._finish(self._block)
         self.durable.wait()
         if self.error is not None:
             raise self.error
+
+    def _roll_back(self, block: Block) -> None:
+        block.abort()
+        del self._ctx.published[self._before :]  # events of the block go with its rows
 
     def _finish(self, block: Block) -> None:
         try:

@@ -193,6 +193,8 @@ def _takes_context(function: Callable[..., Any]) -> bool:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as e:
         raise UsageError("UL1214", "a handler is a function", found=repr(function)) from e
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UsageError("UL1214", "a handler is no generator: nothing of it would run", found=repr(function))
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in parameters if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
     if required or len([p for p in positional if p.default is p.empty]) > 2 or not positional:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import heapq
+import inspect
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -29,7 +30,7 @@ from unlost.delivery.fate import (
 from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
-from unlost.errors import Fenced, Undecodable
+from unlost.errors import Fenced, Undecodable, UsageError
 from unlost.events import Envelope, content_hash, event_hash
 from unlost.events.topic import Unit
 from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
@@ -48,6 +49,7 @@ LOAD_MAX = 64  # rows of the waiting room in one read
 REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
 WATCH_SECONDS = 0.05  # precision of deadlines
 CANCEL_AGAIN_SECONDS = 1.0
+CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when the service stops
 YIELD_EVERY = 32  # deliveries of one runner before others get their turn
 SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
 
@@ -93,7 +95,9 @@ class Worker:
         self._changed = asyncio.Event()
         self._threads: ThreadPoolExecutor | None = None
         self._failure: asyncio.Future[None] | None = None
-        self._recent: dict[tuple[str, str], int] = {}  # handled by this process lately, perhaps not yet durable
+        self._recent: dict[
+            tuple[str, str], tuple[Owned, int]
+        ] = {}  # handled by this process lately, perhaps not yet durable
 
     # --- the story ---------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class Worker:
                 return
             error = failed
         if isinstance(error, AlreadyHandled):
-            fate = Skip("duplicate")
+            fate = self._turned_away_late(d)
         if isinstance(error, Fenced):
             self._on_fenced(d.lane.owned)
             return
@@ -148,15 +152,18 @@ class Worker:
         """Duplicates, and what the handler's own rule does not want."""
         if d.handler.guarantee == "effectively-once":
             inbox = self._inbox(d)
-            content = d.seen if d.seen is not None else self._recent.get((inbox.source, inbox.id))
+            content = d.seen if d.seen is not None else self._recall(inbox)
             if content is not None:
-                if content == inbox.content:
-                    return Skip("duplicate")
-                text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
-                return Dead("id_reused", "", text, "")
+                return _repeated(inbox, content)
         if d.handler.where is not None and not d.handler.where(event):
             return Skip("where")
         return None
+
+    def _turned_away_late(self, d: Delivery) -> Fate | None:
+        """The handler's transaction found the id in the inbox: the same event, or another one under a used id?"""
+        inbox = self._inbox(d)
+        content = self._store.seen(self.service.name, [inbox]).get((inbox.source, inbox.id))
+        return None if content is None else _repeated(inbox, content)
 
     def _context(self, d: Delivery) -> Context:
         envelope = d.arrival.envelope
@@ -174,7 +181,6 @@ class Worker:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
-        self._reach("started", d)
         run.begin(d, self.world.monotonic(), alone=self._suspects > 0)
         self._reach("started", d)
         error: BaseException | None = None
@@ -204,8 +210,10 @@ class Worker:
             self._threads = ThreadPoolExecutor(width, thread_name_prefix=f"unlost-{self.service.name}")
         call = functools.partial(copy_context().run, handler.function, *args)
         result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
-        if asyncio.iscoroutine(result):
+        if inspect.isawaitable(result):
             await result
+        elif inspect.isgenerator(result) or inspect.isasyncgen(result):
+            raise UsageError("UL1214", "a handler is no generator: nothing of it would run", found=handler.name)
 
     def _settle(self, d: Delivery, fate: Fate, error: BaseException | None, ctx: Context | None) -> None:
         """Hands the outcome to the settler, and moves the lane on."""
@@ -217,7 +225,7 @@ class Worker:
             outcome.publishes = ctx.published if ctx is not None else ()
             if d.handler.guarantee == "effectively-once":
                 outcome.inbox = self._inbox(d)
-                self._remember(outcome.inbox)
+                self._remember(owned, outcome.inbox)
         elif isinstance(fate, Skip):
             outcome.state, outcome.rule = "skipped", fate.rule
         elif isinstance(fate, RetryAt):
@@ -256,6 +264,7 @@ class Worker:
             lane.sleeping = True
             owned.sleeping += 1
             lane.due = fate.due
+            d.unsettled = True
             outcome.state, outcome.due = ("retrying", fate.due) if d.waited else ("attempted", None)
             self._settler.put(owned, outcome)
             self._set_timer(fate.due, lane)
@@ -275,7 +284,7 @@ class Worker:
                       self.service.name, describe(error), exc_info=error)  # fmt: skip
         self._take_from_lane(d)
         if d.handler.guarantee == "effectively-once":
-            self._remember(self._inbox(d))
+            self._remember(d.lane.owned, self._inbox(d))
         self._on_durable(d.lane.owned, Outcome(arrival=d.arrival, state="done", waited=d.waited))
 
     def _with_attempt(self, d: Delivery, error: BaseException) -> list[Attempt]:
@@ -286,8 +295,13 @@ class Worker:
         assert e is not None
         return Inbox(e.id, e.source, content_hash(e.type, e.data))
 
-    def _remember(self, inbox: Inbox) -> None:
-        self._recent[inbox.source, inbox.id] = inbox.content
+    def _recall(self, inbox: Inbox) -> int | None:
+        """What was handled under a unit that somebody else took may never have been settled: that does not count."""
+        owned, content = self._recent.get((inbox.source, inbox.id), (None, None))
+        return None if owned is None or owned.gone else content
+
+    def _remember(self, owned: Owned, inbox: Inbox) -> None:
+        self._recent[inbox.source, inbox.id] = (owned, inbox.content)
         if len(self._recent) > RECENT_MAX:
             del self._recent[next(iter(self._recent))]
 
@@ -300,6 +314,9 @@ class Worker:
     async def run(self) -> None:
         """Works until `stop`, or until the store or the broker fails for good (then it raises that)."""
         self._member = await self._broker.join(self.service.name, sorted(self.service.topics))
+        if self._stopping:  # told to leave while it was joining
+            await self._member.close()
+            return
         self._failure = asyncio.get_running_loop().create_future()
         self._receiving = self._spawn(self._receive())
         self._settling = self._spawn(self._settler.run())
@@ -390,7 +407,6 @@ class Worker:
             )  # fmt: skip
             if seen and envelope is not None:
                 delivery.seen = seen.get((envelope.source, envelope.id))
-            self._reach("received", delivery)
             if lane.blocked:
                 self._park(delivery)
             else:
@@ -445,6 +461,10 @@ class Worker:
                 future.set_result(None)
                 return
 
+    def _wake_all(self) -> None:
+        for _ in range(len(self._ready)):
+            self._wake_runner()
+
     async def _run_lanes(self) -> None:
         """A runner: takes a lane, delivers its head, puts the lane back. As many as events may be handled at once."""
         run = _Running(self._store.hands())
@@ -468,11 +488,14 @@ class Worker:
                 if lane.head is None:
                     await self._load(lane)
                 d = lane.head
-                if d is not None and not owned.gone and not owned.draining:
-                    held = self._held_back(lane, d)
-                    if not held:
-                        await self._run_one(d, run)
-                        self.delivered += 1
+                if d is not None and d.unsettled:  # else its own transaction could be durable before its last attempt
+                    await self._settler.flush()
+                    d.unsettled = False
+                if d is not None and (owned.gone or owned.draining):
+                    self._let_on(d.handler.name)
+                elif d is not None and not self._held_back(lane, d):
+                    await self._run_one(d, run)
+                    self.delivered += 1
             finally:
                 run.lane = None
                 lane.running = False
@@ -523,11 +546,17 @@ class Worker:
                 await self._settler.flush()
         finally:
             self._active[name] -= 1
-            held = self._held.get(name)
-            if held:
-                lane = held.popleft()
-                lane.ready = False
+            self._let_on(name)
+
+    def _let_on(self, name: str) -> None:
+        """A handler has room again: the next lane that waited for that may go."""
+        held = self._held.get(name)
+        while held:
+            lane = held.popleft()
+            lane.ready = False
+            if lane.startable:
                 self._start(lane)
+                return
 
     async def _load(self, lane: Lane) -> None:
         """Reads the lane's next rows of the waiting room; when there are none left, the key is free again."""
@@ -572,9 +601,7 @@ class Worker:
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
             owned.suspects.discard(outcome.arrival.position)
             self._suspects -= 1
-            if not self._suspects:
-                for _ in range(len(self._ready)):
-                    self._wake_runner()
+            self._wake_all()
         if outcome.state == "attempted":
             return
         put_aside = outcome.state in ("dead", "retrying", "parked")
@@ -614,8 +641,10 @@ class Worker:
     def _forget(self, owned: Owned) -> None:
         owned.gone = True
         self._recent.clear()  # what was not durable yet is not handled: its next owner may be we ourselves
-        self._suspects -= len(owned.suspects)
-        owned.suspects.clear()
+        if owned.suspects:
+            self._suspects -= len(owned.suspects)
+            owned.suspects.clear()
+            self._wake_all()
         if self.owned.get(owned.unit) is owned:
             del self.owned[owned.unit]
         self._changed.set()
@@ -742,10 +771,7 @@ class Worker:
             )
         for run in self._running.values():
             run.given_up = True
-        others = [task for task in self._tasks if task is not self._settling]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await _end([task for task in self._tasks if task is not self._settling])
         flushed = asyncio.ensure_future(self._settler.flush())
         await asyncio.wait([flushed, self._settling], return_when=asyncio.FIRST_COMPLETED)
         flushed.cancel()
@@ -764,15 +790,30 @@ class Worker:
         for run in self._running.values():
             run.given_up = True
         self._stopping = True
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _end([task for task in self._tasks if task is not asyncio.current_task()])
         for run in self._running.values():
             run.close()
         self._running.clear()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _repeated(inbox: Inbox, content: int) -> Fate:
+    """An event whose id was handled before: a duplicate, or (never to be dropped) another event."""
+    if content == inbox.content:
+        return Skip("duplicate")
+    text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
+    return Dead("id_reused", "IdReused", text, "")
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels tasks and waits for their end; not for ever, because a handler may refuse to be cancelled."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        _, refusing = await asyncio.wait(tasks, timeout=CANCELLED_SECONDS_MAX)
+        if refusing:
+            log.warning("%d handlers do not let themselves be cancelled; their events are given back", len(refusing))
 
 
 class _Running:

@@ -43,7 +43,9 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def compare(orders: Sequence[Order], file: File, letters: Path, notes: Mapping[str, Sequence[Counter[Place]]]) -> Verdict:
+def compare(
+    orders: Sequence[Order], file: File, letters: Path, notes: Mapping[str, Sequence[Counter[Place]]]
+) -> Verdict:
     """`notes`: per service the notebooks of its processes, in the sequence of their lives."""
     payable = {order.id for order in orders if order.cents}
     unpayable = {order.id for order in orders if not order.cents}

@@ -315,9 +315,7 @@ def _no_rights(path: Path, e: Exception) -> UnlostError:
 
 
 def _full(path: Path) -> UnlostError:
-    return Unavailable(
-        "UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again"
-    )
+    return Unavailable("UL2001", "the disk is full", found=str(path.parent), fix="free some space, then start again")
 
 
 def damaged(path: Path, found: str) -> UnlostError:

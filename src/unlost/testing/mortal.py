@@ -155,7 +155,7 @@ class MortalProcess:
         self.reach(step, d.handler)
 
     def reach(self, step: str, handler: Handler) -> None:
-        if any(point.hit(self.service.name, handler.name, step) for point in self._points):
+        if not self.dead and any(point.hit(self.service.name, handler.name, step) for point in self._points):
             self.die()
         if self.dead:
             raise ProcessKilled(f"{self.service.name} was killed after {handler.name!r} had {step}")
@@ -310,7 +310,7 @@ class _MortalStore:
         self._real.finish(block, settlement)
 
     def hands(self) -> Hands:
-        return _MortalHands(self._real.hands(), self._process)
+        return self._real.hands()
 
     def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
         self._process.check()
@@ -327,24 +327,3 @@ class _MortalStore:
     async def carry_out(self, request: Request, epoch: int) -> bool:
         await self._process.alive()
         return await self._real.carry_out(request, epoch)
-
-
-class _MortalHands:
-    """Where a runner notes what it has in hand; dying `started` means: with the event in it."""
-
-    def __init__(self, real: Hands, process: MortalProcess) -> None:
-        self._real = real
-        self._process = process
-
-    def take_up(self, address: int, position: int, alone: bool) -> None:
-        self._real.take_up(address, position, alone)
-        worker, task = self._process.worker, asyncio.current_task()
-        for run in worker._running.values() if worker is not None else ():
-            if run.task is task and run._delivery is not None:
-                self._process.reach("started", run._delivery.handler)
-
-    def put_down(self) -> None:
-        self._real.put_down()
-
-    def close(self) -> None:
-        self._real.close()

@@ -1,0 +1,362 @@
+"""`unlost dead`: the shelf. Looking, bringing back, throwing away."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, get_args
+
+from cyclopts import Parameter
+
+from unlost import config
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, shown_bytes, span, url_of
+from unlost.cli.say import bold, clean, clean_lines, dim, key_text, note, out, print_json, warn
+from unlost.errors import OutcomeUnknown, UnlostError, UsageError
+from unlost.events import Envelope, decode_head
+from unlost.ops.connect import opened
+from unlost.ops.load import load
+from unlost.ops.publish import shown_data
+from unlost.ops.shelf import Action, Asked, ask, letters
+from unlost.sqlite.file import File
+from unlost.store.port import DeadLetter, Reason
+from unlost.world import REAL, rfc3339
+
+SHOWN_MAX = 1000
+REASONS = get_args(Reason)
+
+Which = Annotated[str | None, Parameter(help="The letter's number, or the event's id.")]
+Key = Annotated[str | None, Parameter(name="--key", help="Those of this key.")]
+OfService = Annotated[str | None, Parameter(name=["--service", "-s"], help="Those of this service.")]
+ReasonIs = Annotated[str | None, Parameter(name="--reason-is", help=f"Those that died so: {', '.join(REASONS)}.")]
+All = Annotated[bool, Parameter(name="--all", negative="", help="All that are on the shelf.")]
+DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")]
+Why = Annotated[str, Parameter(name="--reason", help="Why you do it; kept in the records.")]
+Yes = Annotated[bool, Parameter(name=["--yes", "-y"], negative="", help="Do not ask.")]
+Operator = Annotated[
+    str | None, Parameter(name="--operator", help="Who you are, for the records. Else your login name.")
+]
+
+
+def dead_list(
+    *,
+    key: Key = None,
+    service: OfService = None,
+    reason_is: ReasonIs = None,
+    app: OfApp = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """List the dead letters: events that could not be handled.
+
+    **Needs** only the broker.
+
+    **Examples**
+
+    - `unlost dead list --service billing`
+    - `unlost dead list --reason-is rejected --json`
+    """
+    with opened(url_of(app, broker)) as file:
+        found = _find(file, None, key, service, reason_is)
+        path = file.path
+    if json:
+        print_json("dead/1", {"broker": str(path), "letters": [_letter_json(letter) for letter in found]})
+        return 0
+    if not found:
+        out(f"the shelf is empty{_matching(key, service, reason_is)}: {clean(path)}")
+        return 0
+    for line in _table(found[:SHOWN_MAX]):
+        out(line)
+    if len(found) > SHOWN_MAX:
+        out(f"… and {len(found) - SHOWN_MAX:,} more (--json has them all)")
+    behind = sum({(x.service, x.topic, x.partition, x.key): x.parked_behind for x in found}.values())
+    out()
+    out(f"{len(found):,} dead" + (f", {behind:,} more events wait behind them" if behind else ""))
+    out(dim(f"unlost dead show {found[0].number} · unlost dead redrive {found[0].number} · unlost dead discard …"))
+    return 0
+
+
+def dead_show(
+    which: Which,
+    /,
+    *,
+    data: Annotated[
+        bool, Parameter(name="--data", negative="", help="Show the data; needs your code to know what is sensitive.")
+    ] = False,
+    raw: Annotated[
+        bool, Parameter(name="--raw", negative="", help="Show the data as stored, sensitive or not.")
+    ] = False,
+    app: AppName = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Show a dead letter: why it died, each attempt, where it stands.
+
+    **Needs** the broker; with `--data` also your code.
+
+    **Examples**
+
+    - `unlost dead show 3`
+    - `unlost dead show 3 --data --app hello`
+    """
+    url = url_of(app, broker)
+    if data and app is None and config.setting("app").value:
+        load()
+    with opened(url) as file:
+        found = _find(file, which, None, None, None)
+    show = "raw" if raw else "data" if data else "none"
+    if json:
+        print_json("dead/1", {"letters": [_letter_json(letter, show, whole=True) for letter in found]})
+        return 0 if found else 1
+    if not found:
+        raise _none(which)
+    for letter in found:
+        _print_letter(letter, show)
+    return 0
+
+
+def redrive(
+    which: Which = None,
+    /,
+    *,
+    key: Key = None,
+    service: OfService = None,
+    reason_is: ReasonIs = None,
+    all: All = False,
+    dry_run: DryRun = False,
+    reason: Why = "",
+    yes: Yes = False,
+    operator: Operator = None,
+    app: OfApp = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Bring dead letters back: they are handled again, and what waits behind them goes on.
+
+    Correct the handler first. The order per key is kept. The process that has the partition carries it out; without
+    one it is done at once and handled when the service runs again.
+
+    **Needs** only the broker.
+
+    **Examples**
+
+    - `unlost dead redrive 3 --reason "card service is back"`
+    - `unlost dead redrive --service billing --reason-is exhausted --dry-run`
+    """
+    return _act(
+        "redrive", which, key, service, reason_is, all, dry_run, reason, yes, operator, url_of(app, broker), json
+    )
+
+
+def discard(
+    which: Which = None,
+    /,
+    *,
+    key: Key = None,
+    service: OfService = None,
+    reason_is: ReasonIs = None,
+    all: All = False,
+    dry_run: DryRun = False,
+    reason: Why = "",
+    yes: Yes = False,
+    operator: Operator = None,
+    app: OfApp = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Give dead letters up: the service will never handle them. The books count them as removed.
+
+    What waits behind them goes on. The event stays in the log; this cannot be undone.
+
+    **Needs** only the broker.
+
+    **Examples**
+
+    - `unlost dead discard 3 --reason "test order"`
+    - `unlost dead discard --key A1 --dry-run`
+    """
+    return _act(
+        "discard", which, key, service, reason_is, all, dry_run, reason, yes, operator, url_of(app, broker), json
+    )
+
+
+def _act(
+    action: Action,
+    which: str | None,
+    key: str | None,
+    service: str | None,
+    reason_is: str | None,
+    all: bool,
+    dry_run: bool,
+    reason: str,
+    yes: bool,
+    operator: str | None,
+    broker: str | None,
+    json: bool,
+) -> int:
+    chosen_by = [which, key, service, reason_is]
+    if all == any(value is not None for value in chosen_by):
+        raise UsageError(
+            "UL1332", f"say which dead letters to {action}" if not all else "--all means all: leave the other filters out",
+            fix=f"unlost dead {action} NUMBER, --key, --service, --reason-is, or --all; look first: unlost dead list",
+        )  # fmt: skip
+    who = operator or _login()
+    with opened(broker) as file:
+        found = _find(file, which, key, service, reason_is)
+        if not found:
+            if json:
+                print_json(
+                    f"{action}/1",
+                    _asked_json(Asked(action=action, letters=[], carried_out=0, pending=0, dry_run=dry_run)),
+                )
+                return 1
+            raise _none(which)
+        if not dry_run and not yes:
+            _confirm(action, found)
+        asked = ask(file, action, found, operator=who, reason=reason, dry_run=dry_run)
+    incomplete = OutcomeUnknown.exit_code if asked.pending else 0
+    if json:
+        print_json(f"{action}/1", _asked_json(asked))
+        return incomplete
+    done = {"redrive": "redriven", "discard": "discarded"}[action]
+    if dry_run:
+        for line in _table(asked.letters[:SHOWN_MAX]):
+            out(line)
+        out(f"{len(found):,} would be {done}; nothing was changed")
+        return 0
+    out(f"{asked.carried_out:,} {done}")
+    for letter in found if action == "redrive" else ():
+        if not letter.parks:
+            note(f"the later events of its key went on without {letter.number}: it is handled out of their order")
+    if asked.pending:
+        note(f"{asked.pending:,} requested: the process that has them will do it as soon as it can")
+    return incomplete
+
+
+def _confirm(action: str, found: Sequence[DeadLetter]) -> None:
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "UL1333", f"{action} changes something, and nobody can be asked here",
+            fix="look at it with --dry-run, then add --yes",
+        )  # fmt: skip
+    for line in _table(found[:10]):
+        note(line)
+    if len(found) > 10:
+        note(f"… and {len(found) - 10:,} more")
+    sys.stderr.write(f"{action} {len(found):,}? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UnlostError("UL1334", "nothing was changed")
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
+
+
+def _find(
+    file: File, which: str | None, key: str | None, service: str | None, reason_is: str | None
+) -> list[DeadLetter]:
+    if reason_is is not None and reason_is not in REASONS:
+        raise UsageError("UL1335", f"a reason is one of {', '.join(REASONS)}", found=repr(reason_is))
+    number = int(which) if which is not None and which.isascii() and which.isdigit() and len(which) < 19 else None
+    found = letters(
+        file, service=service, number=number, key=key, reason=reason_is, id=None if number is not None else which
+    )
+    if not found and number is not None:
+        found = letters(file, service=service, id=which, key=key, reason=reason_is)  # an id that looks like a number
+    return found
+
+
+def _none(which: str | None) -> UnlostError:
+    what = "no dead letter matches" if which is None else f"there is no dead letter {which!r}"
+    return UnlostError("UL1336", what, fix="unlost dead list shows them all")
+
+
+def _matching(key: str | None, service: str | None, reason_is: str | None) -> str:
+    parts = [
+        f"{name} {clean(value)}"
+        for name, value in (("key", key), ("service", service), ("reason", reason_is))
+        if value is not None
+    ]
+    return f" (for {', '.join(parts)})" if parts else ""
+
+
+def _table(found: Sequence[DeadLetter]) -> list[str]:
+    now = REAL.now()
+    rows = [
+        [
+            str(x.number), clean(x.service, 20), clean(x.type.rpartition(".")[2], 24), clean(key_text(x.key), 20),
+            x.reason + (" (" + x.request + " requested)" if x.request else ""), span((now - x.died) / 1e6),
+            clean(x.error, 60),
+        ]
+        for x in found
+    ]  # fmt: skip
+    return aligned([["No", "service", "type", "key", "reason", "died", "error"], *rows], left="rllllrl")
+
+
+def _print_letter(x: DeadLetter, show: str) -> None:
+    out(bold(f"{x.number}  {clean(x.type)}  {key_text(x.key)}"))
+    lines = [
+        ("service", f"{x.service}, handler {x.handler}"),
+        ("died", f"{rfc3339(x.died)}, {x.reason}"),
+        ("error", f"{x.error_type}: {x.error}" if x.error_type else x.error),
+        ("event", f"{x.id} from {x.source}, recorded {rfc3339(x.recorded)}"),
+        ("log", f"{x.topic}/{x.partition}:{x.position}"),
+        ("trace", x.trace or "-"),
+        ("behind it", f"{x.parked_behind:,} events of its key wait" if x.parks else "nothing waits: its key goes on"),
+    ]
+    if x.request:
+        lines.append(("requested", f"{x.request}; the process that has the partition will do it"))
+    for name, text in lines:
+        out(f"  {name:<10} {clean(text)}")
+    for attempt in x.attempts:
+        out(f"  attempt {attempt.number:<2} {rfc3339(attempt.at)}  {clean(attempt.error)}")
+    for line in x.stack.rstrip().splitlines():
+        out(dim(f"    {clean(line)}"))
+    if show == "raw":
+        out("  data       " + clean((x.data or b"").decode("utf-8", "backslashreplace")))
+    elif show == "data":
+        import msgspec
+
+        data = _data(x)
+        hidden = warn("(hidden: your code has no class that reads it; --raw shows it)")
+        out("  data       " + (hidden if data is None else clean_lines(msgspec.json.encode(data).decode())))
+    out()
+
+
+def _data(x: DeadLetter) -> dict[str, Any] | None:
+    envelope: Envelope
+    try:
+        envelope = decode_head(x.head, topic=x.topic, key=x.key, data=x.data)
+    except UnlostError:
+        return None
+    return shown_data(envelope)
+
+
+def _letter_json(x: DeadLetter, show: str = "none", *, whole: bool = False) -> dict[str, Any]:
+    members: dict[str, Any] = {
+        "number": x.number, "service": x.service, "handler": x.handler, "topic": x.topic, "partition": x.partition,
+        "position": x.position, "id": x.id, "source": x.source, "type": x.type, **shown_bytes("key", x.key),
+        "trace": x.trace, "reason": x.reason, "error_type": x.error_type, "error": x.error, "attempts": len(x.attempts),
+        "parks": x.parks, "parked_behind": x.parked_behind, "died": rfc3339(x.died), "recorded": rfc3339(x.recorded),
+        "request": x.request,
+    }  # fmt: skip
+    if whole:
+        members["stack"] = x.stack
+        members["history"] = [{"number": a.number, "at": rfc3339(a.at), "error": a.error} for a in x.attempts]
+    if show == "raw":
+        members |= shown_bytes("data", x.data)
+    elif show == "data":
+        members["data"] = _data(x)
+    return members
+
+
+def _asked_json(asked: Asked) -> dict[str, Any]:
+    return {
+        "dry_run": asked.dry_run, "chosen": len(asked.letters), "carried_out": asked.carried_out,
+        "pending": asked.pending, "letters": [_letter_json(letter) for letter in asked.letters],
+    }  # fmt: skip

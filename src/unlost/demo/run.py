@@ -1,0 +1,333 @@
+"""`unlost demo`: real orders, four processes, `kill -9` in between, and then the books."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from datetime import UTC, datetime, time
+from pathlib import Path
+from urllib.parse import quote
+
+import apsw
+import msgspec
+
+from unlost import App, OutcomeUnknown, Unavailable, UnlostError, UsageError
+from unlost.audit import Books
+from unlost.brokers.embedded.broker import partition_range
+from unlost.demo.folder import broker_path, prepare
+from unlost.demo.orders import Order, as_they_came, read_orders
+from unlost.demo.processes import SERVICES, Processes
+from unlost.demo.screen import Kill, Screen
+from unlost.demo.service import Place
+from unlost.demo.verdict import Verdict, compare
+from unlost.events import Envelope, seal
+from unlost.ops.books import Named, name_missing
+from unlost.ops.books import books as balance
+from unlost.sqlite.file import File
+from unlost.store.progress import Runs
+from unlost.world import REAL, World
+
+BATCH = 250  # orders in one publish
+LOOK_SECONDS = 0.03
+STALL_SECONDS = 20.0  # nothing moves for so long: what is missing will not come any more
+BACK_SECONDS = 15.0
+IN_HAND_SECONDS = 0.5  # how long a kill waits for the victim to have something in its hands
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the run found."""
+
+    orders: int
+    seed: int
+    bug: str | None
+    seconds: float
+    kills: list[Kill]
+    books: Books
+    named: list[Named]
+    verdict: Verdict
+    troubles: list[str]
+    complete: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0: books and file agree; 3: something is lost, doubled or out of order; 5: the work did not come to an end."""
+        if not self.books.balanced:
+            return 3
+        if not self.complete and not self.verdict.settled_twice and not self.verdict.inversions:
+            return 5
+        return 0 if self.verdict.agrees else 3
+
+
+def main(
+    orders: str = "5000",
+    kills: int = 5,
+    seed: int = 42,
+    break_: str | None = None,
+    folder: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Runs the demo and returns its exit code."""
+    place = (folder or Path.cwd() / "unlost-demo").absolute()
+    screen = Screen(silent=json)
+    try:
+        number = _number(orders)
+        if kills < 0:
+            raise UsageError("UL1393", "--kill takes the number of kills", found=str(kills), fix="0 or more")
+        _check_bug(break_)
+        chosen = read_orders(number)
+        anew = prepare(place)
+        screen.opening(len(chosen), kills, seed, break_, broker_path(place), anew)
+        result = asyncio.run(_Demo(chosen, kills, seed, break_, place, screen).run())
+    except UnlostError as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        screen.interrupted()
+        return 130
+    if json:
+        print(msgspec.json.encode(_as_json(result)).decode())
+    else:
+        screen.closing(result, place)
+    return result.exit_code
+
+
+class _Demo:
+    def __init__(
+        self, orders: list[Order], kills: int, seed: int, bug: str | None, folder: Path, screen: Screen
+    ) -> None:
+        self.orders = orders
+        self.kills = kills
+        self.seed = seed
+        self.bug = bug
+        self.folder = folder
+        self.screen = screen
+        self.url = f"embedded://{quote(str(broker_path(folder)))}"
+        self.chance = World(seed).random
+        self.struck: list[Kill] = []
+        self.strikes_begun = 0
+        self.web = App(name="web", broker=self.url)
+        self.processes = Processes(folder, self.url, bug)
+        self.began = REAL.monotonic()
+        self._moved = REAL.monotonic()
+        self._sign: object = None
+
+    @property
+    def seconds(self) -> float:
+        return REAL.monotonic() - self.began
+
+    async def run(self) -> Result:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        try:
+            async with self.web:
+                for service in SERVICES:
+                    self.processes.start(service)
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._take_orders())
+                    group.create_task(self._strike_all())
+                complete = await self._drained()
+                seconds = self.seconds
+                self.screen.finished(len(self.orders), self._settled(), seconds)
+                await asyncio.to_thread(self.processes.stop)
+                return self._result(complete, seconds)
+        finally:
+            self.processes.stop(grace=5.0)
+
+    # --- the web front -----------------------------------------------------------------------------------
+
+    async def _take_orders(self) -> None:
+        """Publishes the orders as they came. They are dealt out so that each kill meets a shop at work."""
+        envelopes = [_envelope(order) for order in as_they_came(self.orders)]
+        share = len(envelopes) // (self.kills + 1) + 1
+        for start in range(0, len(envelopes), BATCH):
+            while start >= share * (self.strikes_begun + 1):
+                await asyncio.sleep(LOOK_SECONDS)
+            await self._publish(envelopes[start : start + BATCH])
+
+    async def _publish(self, batch: list[Envelope]) -> None:
+        """Until it is surely accepted. After an unknown outcome the same ids go again: at most duplicates, which `order`
+        does not see a second time."""
+        while True:
+            try:
+                await self.web.accept(batch)
+                return
+            except (OutcomeUnknown, Unavailable):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError() from None  # it was Ctrl-C
+                await asyncio.sleep(LOOK_SECONDS)
+
+    # --- kill -9 -----------------------------------------------------------------------------------------
+
+    async def _strike_all(self) -> None:
+        """The seed says who is struck and at which of its orders; so it does not depend on the machine's speed."""
+        for number in range(self.kills):
+            victim = self.chance.choice(SERVICES)
+            moment = (number + self.chance.uniform(0.1, 0.9)) / (self.kills + 1)
+            await self._reached(victim, int(moment * len(self.orders)))
+            await self._holding(victim)
+            await self._strike(victim)
+
+    async def _reached(self, service: str, done: int) -> None:
+        while self._done(service) < done and not self._stalled():
+            await self._look()
+
+    async def _holding(self, service: str) -> None:
+        """A kill tells more about a process that has something in its hands."""
+        end = REAL.monotonic() + IN_HAND_SECONDS
+        while not self._in_hands(service) and REAL.monotonic() < end:
+            await asyncio.sleep(0.001)
+
+    async def _strike(self, service: str) -> None:
+        pid = self.processes.pid(service)
+        at = self.seconds
+        self.processes.kill(service)
+        hands = self._in_hands(service)
+        successor = self.processes.start(service)
+        self.strikes_begun += 1
+        kill = Kill(service=service, pid=pid, at=at, in_hands=len(hands))
+        self.screen.struck(kill, len(self.struck), self.kills)
+        end = REAL.monotonic() + BACK_SECONDS
+        while not self._is_back(service, successor, hands) and REAL.monotonic() < end:
+            await self._look()
+        again = len(hands & self.processes.given(service, self.processes.pid(service)).keys())
+        back = msgspec.structs.replace(
+            kill, back_at=self.seconds, back_pid=self.processes.pid(service), delivered_again=again
+        )
+        self.struck.append(back)
+        self.screen.back(back, len(self.struck) - 1, self.kills)
+
+    def _in_hands(self, service: str) -> set[Place]:
+        """What the service's process was given to handle, and what has no outcome."""
+        given = self.processes.given(service, self.processes.pid(service))
+        fated = self.file.read(lambda c: _fated(c, service))
+        return {place for place in given if place[0] not in fated or place[1] not in fated[place[0]]}
+
+    def _is_back(self, service: str, pid: int, hands: set[Place]) -> bool:
+        """It owns partitions again, and was given again what the dead one had in its hands."""
+        sql = "select count(*) from unlost_epoch where service = ? and pid = ?"
+        owns = self.file.read(lambda c: c.execute(sql, (service, pid)).fetchone()[0])
+        return bool(owns) and hands <= self.processes.given(service, pid).keys()
+
+    # --- looking -----------------------------------------------------------------------------------------
+
+    @property
+    def file(self) -> File:
+        return self.web.file
+
+    async def _look(self) -> None:
+        self.processes.look_after()
+        self.screen.progress(self._settled(), len(self.orders), self.seconds)
+        await asyncio.sleep(LOOK_SECONDS)
+
+    async def _drained(self) -> bool:
+        while not self.file.read(_is_drained):
+            if self._stalled():
+                return False
+            await self._look()
+        return True
+
+    def _stalled(self) -> bool:
+        sign = self.file.read(_sign_of_life)
+        if sign != self._sign:
+            self._sign, self._moved = sign, REAL.monotonic()
+        return REAL.monotonic() - self._moved > STALL_SECONDS
+
+    def _done(self, service: str) -> int:
+        """Events of a service that came to an end."""
+        return self.file.read(lambda c: _ended(c, service))
+
+    def _settled(self) -> int:
+        return min(self._done("settlement"), self._done("notification")) + self.file.read(lambda c: _dead(c, "payment"))
+
+    def _result(self, complete: bool, seconds: float) -> Result:
+        books = balance(self.file)
+        return Result(
+            orders=len(self.orders), seed=self.seed, bug=self.bug, seconds=seconds, kills=self.struck, books=books,
+            named=name_missing(self.file, books.missing),
+            verdict=compare(self.orders, self.file, self.folder / "letters.txt", self.processes.all_notes()),
+            troubles=self.processes.troubles(), complete=complete,
+        )  # fmt: skip
+
+
+def _envelope(order: Order) -> Envelope:
+    when = datetime.combine(order.day, time(), UTC)
+    return seal(order.placed(), source="web", id=f"{order.id}-placed", occurred_at=when, now=REAL.now())
+
+
+def _number(orders: str) -> int | None:
+    if orders == "all":
+        return None
+    with contextlib.suppress(ValueError):
+        if int(orders.replace(",", "")) > 0:
+            return int(orders.replace(",", ""))
+    raise UsageError("UL1394", "--orders takes a number, or `all`", found=repr(orders), fix="--orders 5000")
+
+
+def _check_bug(name: str | None) -> None:
+    if name is None:
+        return
+    from unlost.testing import sabotage
+
+    if name not in sabotage.BUGS:
+        raise UsageError(
+            "UL1395", f"there is no planted bug named {name!r}", found=f"there are {', '.join(sorted(sabotage.BUGS))}"
+        )
+
+
+def _as_json(result: Result) -> dict[str, object]:
+    books = result.books
+    return {
+        "schema": "unlost.demo/1",
+        **{name: getattr(result, name) for name in ("orders", "seed", "bug", "seconds", "complete", "kills")},
+        "books": books.services,
+        "unaccounted": books.unaccounted,
+        "balanced": books.balanced,
+        "missing": result.named,
+        "findings": books.findings,
+        "unaccountable": books.unaccountable,
+        "verdict": result.verdict,
+        "agrees": result.verdict.agrees,
+        "troubles": result.troubles,
+        "exit_code": result.exit_code,
+    }
+
+
+# --- read from the file, each in its own snapshot ------------------------------------------------------------
+
+
+def _fated(c: apsw.Connection, service: str) -> dict[int, Runs]:
+    rows = c.execute("select partition, fated from unlost_progress where service = ?", (service,))
+    return {partition: Runs.decode(fated) for partition, fated in rows}
+
+
+def _ended(c: apsw.Connection, service: str) -> int:
+    rows = c.execute("select counts from unlost_progress where service = ?", (service,)).fetchall()
+    return sum(msgspec.json.decode(counts).get("done", 0) for (counts,) in rows) + _dead(c, service)
+
+
+def _dead(c: apsw.Connection, service: str) -> int:
+    sql = "select count(*) from unlost_ledger where service = ? and state = 'dead'"
+    return int(c.execute(sql, (service,)).fetchone()[0])
+
+
+def _is_drained(c: apsw.Connection) -> bool:
+    """Every service is at the end of the log, and nobody waits for a retry."""
+    topic = c.execute("select first_number, partitions from unlost_topic where name = 'shop'").fetchone()
+    if topic is None:
+        return False
+    ends = [partition_range(c, topic[0] + n)[1] for n in range(topic[1])]
+    rows = c.execute("select service, partition, position from unlost_progress").fetchall()
+    waiting = c.execute("select count(*) from unlost_waiting where due is not null").fetchone()[0]
+    return {service for service, _, _ in rows} >= set(SERVICES) and not waiting and all(
+        position >= ends[partition] for _, partition, position in rows
+    )  # fmt: skip
+
+
+def _sign_of_life(c: apsw.Connection) -> object:
+    """Changes as long as anything goes on."""
+    fated = c.execute("select sum(position), sum(length(fated)) from unlost_progress").fetchone()
+    return fated, c.execute("select max(at) from unlost_log").fetchone()

@@ -1,0 +1,182 @@
+"""What the demo says. Results go to stdout; the moving line goes to stderr, and only to a terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from unlost.demo.processes import SERVICES
+from unlost.ops.table import books_table, missing_lines
+
+if TYPE_CHECKING:
+    from unlost.demo.run import Result
+
+BAR = 40
+KILLS_SHOWN = 4
+SEEDS_SHOWN = 5  # orders named in one line
+
+
+class Kill(msgspec.Struct, frozen=True, kw_only=True):
+    """One `kill -9`. Times in seconds since the start."""
+
+    service: str
+    pid: int
+    at: float
+    in_hands: int  # events that it was given to handle and that had no outcome
+    back_at: float | None = None
+    back_pid: int | None = None
+    delivered_again: int = 0  # of these
+
+
+class Screen:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
+        self._live = sys.stderr.isatty() and not silent
+        self._color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self._line = False
+        self._more = 0
+        self._kills: list[Kill] = []
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal without these characters shows ? instead
+
+    def say(self, text: str = "") -> None:
+        if self._silent:
+            return
+        self._clear()
+        print(text, flush=True)
+
+    def opening(self, orders: int, kills: int, seed: int, bug: str | None, path: Path, anew: bool) -> None:
+        parts = [f"{orders:,} real orders", f"{len(SERVICES)} services, each its own process", f"{kills} × kill -9"]
+        self.say(" · ".join([*parts, f"seed {seed}"]))
+        self.say(f"broker  {shown(path)}   one file, fsync before every acknowledgement")
+        if anew:
+            self.say("        the events of the earlier demo there are gone")
+        if bug is not None:
+            self.say(f"planted {bug}: a classic bug; the audit below should find what it does")
+        self.say()
+
+    def struck(self, kill: Kill, number: int, of: int) -> None:
+        if self._is_shown(number, of):
+            hands = f"{kill.in_hands:,} event{'s' * (kill.in_hands != 1)} in its hands"
+            self.say(f"{kill.at:6.1f} s  kill -9  {kill.service} (pid {kill.pid}), {hands}")
+
+    def back(self, kill: Kill, number: int, of: int) -> None:
+        if not self._is_shown(number, of):
+            self._kills.append(kill)
+            return
+        again = f"{kill.delivered_again:,} delivered again"
+        if kill.delivered_again < kill.in_hands:
+            again = f"only {again}"
+        self.say(f"{kill.back_at:6.1f} s  back     {kill.service} (pid {kill.back_pid}), {again}")
+
+    def _is_shown(self, number: int, of: int) -> bool:
+        """Few kills are shown all; of many the first."""
+        return of <= KILLS_SHOWN or number < KILLS_SHOWN - 2
+
+    def progress(self, settled: int, orders: int, seconds: float) -> None:
+        if self._live:
+            rate = f"{settled / seconds:,.0f}/s" if seconds > 0 else ""
+            print(f"\r\x1b[K{_bar(settled, orders)}   {rate}", end="", file=sys.stderr, flush=True)
+            self._line = True
+
+    def finished(self, orders: int, settled: int, seconds: float) -> None:
+        if self._kills:
+            hands, again = sum(k.in_hands for k in self._kills), sum(k.delivered_again for k in self._kills)
+            n = len(self._kills)
+            self.say(
+                f"   …      {n} more kill{'s' * (n != 1)}, {hands:,} events in their hands, {again:,} delivered again"
+            )
+        self.say(f"{_bar(settled, orders)}   {seconds:.1f} s")
+        self.say()
+
+    def interrupted(self) -> None:
+        self._clear()
+        print("interrupted; no process of the demo is left running", file=sys.stderr)
+
+    def closing(self, result: Result, folder: Path) -> None:
+        v, books = result.verdict, result.books
+        self.say(books_table(books, services=[s for s in SERVICES if s in books.services], color=self._color))
+        self.say()
+        agree = f"{v.days_agreeing:,} of {v.days:,} days agree, in money and in number"
+        self.say(f"THE MONEY   in the file {_dollars(v.in_file_cents)} · settled {_dollars(v.settled_cents)} · {agree}")
+        twice = "none was counted twice" if not v.settled_twice else f"{len(v.settled_twice):,} WERE COUNTED TWICE"
+        self.say(
+            f"{_number(v.delivered_again, 'delivery', 'deliveries')} came twice after a kill; {twice}. "
+            f"Order per customer: {_number(v.inversions, 'inversion', 'inversions')}."
+        )
+        if v.letters_twice:
+            self.say(
+                f"{_number(v.letters_twice, 'receipt', 'receipts')} went out twice, each with its idempotency key."
+            )
+        if v.dead:
+            what = (
+                "order of 0.00 cannot be paid; it waits"
+                if len(v.dead) == 1
+                else "orders of 0.00 cannot be paid; they wait"
+            )
+            self.say(f"{len(v.dead):,} {what} on the shelf.")
+        for line in self._complaints(result):
+            self.say(f"\x1b[1;31m{line}\x1b[0m" if self._color else line)
+        self.say()
+        if result.exit_code == 0:
+            self._balanced(result, folder)
+
+    def _complaints(self, result: Result) -> list[str]:
+        v, lines = result.verdict, missing_lines(result.books, result.named)
+        for what, ids in (
+            ("not settled", v.unsettled),
+            ("settled twice", v.settled_twice),
+            ("settled, but they should not have been", v.foreign),
+            ("paid, but no receipt went out", v.unsent),
+        ):
+            if ids:
+                more = f", … {len(ids) - SEEDS_SHOWN:,} more" if len(ids) > SEEDS_SHOWN else ""
+                lines.append(f"{_number(len(ids), 'order', 'orders')} {what}: {', '.join(ids[:SEEDS_SHOWN])}{more}")
+        if v.dead_wrongly:
+            lines.append(f"the shelf differs from the orders of 0.00 by {v.dead_wrongly:,}")
+        lines.extend(result.troubles)
+        if not result.complete:
+            lines.append("the work did not come to an end: nothing moved any more")
+        return ["", *lines] if lines else []
+
+    def _balanced(self, result: Result, folder: Path) -> None:
+        if result.bug is not None:
+            self.say(
+                f"The bug {result.bug} did no harm in this run. Try more kills: --kill {max(5, len(result.kills)) * 4}"
+            )
+            return
+        self.say("Nothing was lost. Do not take our word for it:")
+        self.say("  unlost demo --break ack-first     the same run with a classic bug: the audit names what it lost")
+        self.say(f"  {f'cd {shown(folder)}':<33} then: unlost audit · unlost dead list · unlost status")
+
+    def _clear(self) -> None:
+        if self._line:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._line = False
+
+
+def shown(path: Path) -> str:
+    """A path below the current folder as a relative one."""
+    try:
+        return f"./{path.relative_to(Path.cwd())}"
+    except ValueError:
+        return str(path)
+
+
+def _bar(settled: int, orders: int) -> str:
+    full = BAR * settled // max(1, orders)
+    return f"orders  {'━' * full}{'╌' * (BAR - full)}  {settled:,} of {orders:,}"
+
+
+def _dollars(cents: int) -> str:
+    return f"${cents // 100:,}.{cents % 100:02d}"
+
+
+def _number(n: int, one: str, many: str) -> str:
+    return f"{n:,} {one if n == 1 else many}"
