@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,18 @@ def counting(expected: list[int]) -> tuple[Service, list[asyncio.Event]]:
     return service, reached
 
 
+def end_with_parent() -> None:
+    """Nobody is left behind: standard input ends when the process that started this one does."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 async def consume(folder: Path, total: int) -> None:
+    end_with_parent()
     service, (warmed, finished) = counting([WARM, WARM + total])
     async with app_on(folder, service) as app:
         task = asyncio.create_task(app.serve())
@@ -134,7 +146,7 @@ async def measure_two(folder: Path, total: int) -> None:
         own += 1
 
     async with app_on(folder, service) as app:
-        other = start("ours.py", "consume", folder, total, stdout=-1)
+        other = start("ours.py", "consume", folder, total, stdin=-1, stdout=-1)
         assert other.stdout is not None
         await warm_up(app)
         await asyncio.to_thread(other.stdout.readline)

@@ -112,7 +112,9 @@ def dbos(folder: Path, total: int) -> dict[str, Any]:
     rest = measured(lambda: wait_for(finished))
     whole = time.monotonic() - began
     DBOS.destroy()
-    return report("DBOS", puts, (whole, puts[1] + rest[1]), total, "workflow on a queue polled every 10 ms; puts included")
+    return report(
+        "DBOS", puts, (whole, puts[1] + rest[1]), total, "workflow on a queue polled every 10 ms; puts included"
+    )
 
 
 def report(

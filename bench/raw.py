@@ -20,7 +20,9 @@ from common import Stopwatch, answer, chunks, connect, make_log, start
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 
 INSERT = "insert into unlost_log (at, head, key, data, recorded, digest, crc) values (?, ?, ?, ?, ?, ?, ?)"
-SELECT = "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at limit ?"
+SELECT = (
+    "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at limit ?"
+)
 POSITION = "update raw_position set position = position + ? where partition = ?"
 PARTITIONS = 8
 READ_MAX = 256  # rows of one partition in one read

@@ -58,6 +58,10 @@ class Damaged(UnlostError):
     exit_code = 3
 
 
+class StatementFailed(UnlostError):
+    """A statement of yours in `ctx.transaction()` failed: a constraint, a table that is not there, wrong SQL."""
+
+
 class Undecodable(UnlostError):
     """These bytes are not an event that this code can read. It goes to the shelf with its bytes."""
 

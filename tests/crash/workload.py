@@ -125,6 +125,7 @@ CONTRACTS = [
     _contract("thread", once=True),
     _contract("relay"),
     _contract("flaky"),
+    Contract(service="relay-block", expects=lambda uid: "nothing" if value_of(uid) % 3 else "done", once=True),
     _contract("strict", once=True),
     _contract("loose", ordered=False),  # on_dead="skip" gives the order up
     _contract("sink-echo", once=True),
@@ -197,9 +198,15 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
 
     @relay.on(Ordered)
     async def pass_on(event: Ordered, ctx: Context) -> None:
+        """Some in a transaction, some not: their events must keep the order of the key all the same."""
         stumble(0.02)
-        ctx.publish(Relayed(account=event.account, uid=event.uid, value=event.value))
-        await dawdle()
+        if event.value % 3:
+            ctx.publish(Relayed(account=event.account, uid=event.uid, value=event.value))
+            await dawdle()
+        else:
+            async with ctx.transaction() as db:
+                await effect(db, "relay-block", event)
+                ctx.publish(Relayed(account=event.account, uid=event.uid, value=event.value))
         done("relay", event)
 
     @flaky.on(Ordered)

@@ -9,8 +9,9 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import apsw
@@ -365,15 +366,20 @@ def as_nobody(path: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A folder that others can reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as outer:
+        Path(outer).chmod(0o755)
+        yield Path(outer) / "place"
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become nobody")
 @pytest.mark.parametrize("name", ["events.db", "events.lock", "events.marks", "run", "."])
-def test_missing_rights_are_explained(tmp_path: Path, name: str) -> None:
-    place = tmp_path / "place"
+def test_missing_rights_are_explained(open_place: Path, name: str) -> None:
+    place = open_place
     path = place / "events.db"
     make(path, 3)
-    for folder in (*place.parents, place):
-        if tmp_path.parent.parent in (folder, *folder.parents) and folder.stat().st_uid == 0:
-            folder.chmod(0o755)
     for item in (place, *place.rglob("*")):
         os.chown(item, NOBODY, NOBODY)
     assert as_nobody(path) == "", "with all rights it opens"

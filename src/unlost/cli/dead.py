@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, shown_bytes, span, url_of
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, shown_bytes, span, url_of
 from unlost.cli.say import bold, clean, clean_lines, dim, key_text, note, out, print_json, warn
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, decode_head
@@ -48,7 +48,9 @@ def dead_list(
     broker: BrokerUrl = None,
     json: Json = False,
 ) -> int:
-    """List the dead letters: events that could not be handled.
+    """List the dead letters.
+
+    A dead letter is an event that could not be handled.
 
     **Needs** only the broker.
 
@@ -72,7 +74,7 @@ def dead_list(
         out(f"… and {len(found) - SHOWN_MAX:,} more (--json has them all)")
     behind = sum({(x.service, x.topic, x.partition, x.key): x.parked_behind for x in found}.values())
     out()
-    out(f"{len(found):,} dead" + (f", {behind:,} more events wait behind them" if behind else ""))
+    out(f"{len(found):,} dead" + (f", {count(behind, 'more event')} behind them" if behind else ""))
     out(dim(f"unlost dead show {found[0].number} · unlost dead redrive {found[0].number} · unlost dead discard …"))
     return 0
 
@@ -132,9 +134,9 @@ def redrive(
     broker: BrokerUrl = None,
     json: Json = False,
 ) -> int:
-    """Bring dead letters back: they are handled again, and what waits behind them goes on.
+    """Have dead letters handled again.
 
-    Correct the handler first. The order per key is kept. The process that has the partition carries it out; without
+    What waits behind them goes on. Correct the handler first. The order per key is kept. The process that has the partition carries it out; without
     one it is done at once and handled when the service runs again.
 
     **Needs** only the broker.
@@ -165,9 +167,9 @@ def discard(
     broker: BrokerUrl = None,
     json: Json = False,
 ) -> int:
-    """Give dead letters up: the service will never handle them. The books count them as removed.
+    """Give dead letters up; the books count them as removed.
 
-    What waits behind them goes on. The event stays in the log; this cannot be undone.
+    The service will never handle them. What waits behind them goes on. The event stays in the log; this cannot be undone.
 
     **Needs** only the broker.
 
@@ -307,7 +309,7 @@ def _print_letter(x: DeadLetter, show: str) -> None:
         ("event", f"{x.id} from {x.source}, recorded {rfc3339(x.recorded)}"),
         ("log", f"{x.topic}/{x.partition}:{x.position}"),
         ("trace", x.trace or "-"),
-        ("behind it", f"{x.parked_behind:,} events of its key wait" if x.parks else "nothing waits: its key goes on"),
+        ("behind it", f"{count(x.parked_behind, 'event')} of its key" if x.parks else "nothing waits: its key goes on"),
     ]
     if x.request:
         lines.append(("requested", f"{x.request}; the process that has the partition will do it"))

@@ -13,16 +13,22 @@ from unlost.errors import UsageError
 
 def demo(
     *,
-    orders: Annotated[str, Parameter(help="How many orders of the data set, or all (69,659).")] = "5000",
-    kill: Annotated[int, Parameter(help="How many times a service is killed with kill -9.")] = 5,
-    seed: Annotated[int, Parameter(help="Repeats a run: the same seed kills at the same times.")] = 42,
+    orders: Annotated[
+        str, Parameter(show_default=True, help="How many orders of the data set, or all (69,659).")
+    ] = "5000",
+    kill: Annotated[int, Parameter(show_default=True, help="How many times a service is killed with kill -9.")] = 5,
+    seed: Annotated[
+        int, Parameter(show_default=True, help="Repeats a run: the same seed kills at the same times.")
+    ] = 42,
     break_: Annotated[
         str | None, Parameter(name="--break", help="Run with a classic bug; the audit names what it lost (exit 3).")
     ] = None,
     folder: Annotated[Path | None, Parameter(help="Where to run it. Else ./unlost-demo.")] = None,
     json: Json = False,
 ) -> int:
-    """See it work: a shop of four services on real orders, killed with kill -9, and then the books.
+    """See it work: a shop on real orders under kill -9, and then the books.
+
+    Four services, each its own process, handle real orders while they are killed; then every event is accounted for.
 
     **Needs** nothing. Everything happens in the folder unlost-demo.
 

@@ -10,7 +10,7 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost.audit import Book, Books, reconcile
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, span, url_of
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, span, url_of
 from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
 from unlost.errors import Damaged, UsageError
 from unlost.ops import books as ledger
@@ -26,7 +26,7 @@ LOSS = Damaged.exit_code
 
 
 def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
-    """Show how each service is doing and what to do next.
+    """Show how each service is doing, and what to do next.
 
     **Needs** only the broker.
 
@@ -60,7 +60,8 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
     else:
         out("no service has run on it yet: unlost run")
     out()
-    out(f"{len(found.topics)} topics, {sum(t.events for t in found.topics):,} events: unlost topic list")
+    events = sum(t.events for t in found.topics)
+    out(f"{count(len(found.topics), 'topic')}, {count(events, 'event')}: unlost topic list")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import cyclopts
 
@@ -13,59 +14,97 @@ from unlost.errors import UnlostError, UsageError
 
 INTERRUPTED = 130
 EXAMPLE = """\
-**Start**: `unlost demo`, or `unlost run hello` where hello.py makes an App.
-`unlost COMMAND --help` explains a command, with examples.
+**First steps**
+
+- `unlost demo` runs a shop on real orders, kills it, and balances the books.
+- `unlost run hello` runs the App that hello.py makes.
+- `unlost COMMAND --help` explains a command, with examples.
 """
 
 
-def commands() -> cyclopts.App:
+# name, where its function is, the group on the page of `unlost --help`, and what may follow it
+_START, _WORK, _LOOK, _RIGHT = "Start here", "Work with your code", "Look (your code is not needed)", "Set right"
+_COMMANDS = (
+    ("demo", "demo:demo", _START, "[OPTIONS]"),
+    ("run", "run:run", _WORK, "[APP] [OPTIONS]"),
+    ("publish", "publish:publish", _WORK, "TYPE [FIELD=VALUE]... [OPTIONS]"),
+    ("status", "look:status", _LOOK, "[OPTIONS]"),
+    ("audit", "look:audit", _LOOK, "[OPTIONS]"),
+    ("tail", "tail:tail", _LOOK, "[TYPE] [OPTIONS]"),
+    ("topic list", "look:topic_list", _LOOK, "[OPTIONS]"),
+    ("config", "look:show_config", _LOOK, "[OPTIONS]"),
+    ("dead list", "dead:dead_list", _RIGHT, "[OPTIONS]"),
+    ("dead show", "dead:dead_show", _RIGHT, "NUMBER|ID [OPTIONS]"),
+    ("dead redrive", "dead:redrive", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
+    ("dead discard", "dead:discard", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
+)
+_NOUNS = {
+    "topic": "List topics: partitions, events, who reads them.",
+    "dead": "List, show, redrive or discard events that could not be handled.",
+}
+
+
+def commands(tokens: Sequence[str]) -> cyclopts.App:
+    """All commands. Their modules are imported when they are run, or when a page lists them."""
     from unlost import __version__
 
-    first, work, look, act, other = (
-        cyclopts.Group(title, sort_key=n)
-        for n, title in enumerate(
-            ["Start here", "Work with your code", "Look at the broker (your code is not needed)", "Set right", "Other"]
-        )
-    )
+    groups = {title: cyclopts.Group(title, sort_key=n) for n, title in enumerate((_START, _WORK, _LOOK, _RIGHT))}
+    options: dict[str, Any] = {
+        "group_parameters": cyclopts.Group("Options", sort_key=9),
+        "group_arguments": cyclopts.Group("Arguments", sort_key=8),
+        "default_parameter": cyclopts.Parameter(show_default=False),
+    }
     root = cyclopts.App(
         name="unlost",
         help="Event-driven services in which no event is lost, and it can be proved.",
         help_format="markdown",
         help_epilogue=EXAMPLE,
         version=__version__,
-        group_commands=other,
-        group_parameters=cyclopts.Group("Options"),
-        group_arguments=cyclopts.Group("Arguments"),
+        group_commands=cyclopts.Group("Other", sort_key=9),
         result_action="return_value",
         exit_on_error=False,
         print_error=False,
         suppress_keyboard_interrupt=False,
+        **options,
     )
-    topic = cyclopts.App(name="topic", group=look, help="Topics.")
-    dead = cyclopts.App(name="dead", group=act, help="The shelf: events that could not be handled.")
-    for app, name, where, group, text in (
-        (root, "demo", "demo:demo", first, "See it work: a shop on real orders under kill -9."),
-        (root, "run", "run:run", work, "Run the services of your App."),
-        (root, "publish", "publish:publish", work, "Publish an event, or one per line of stdin."),
-        (root, "status", "look:status", look, "How each service is doing, and what to do next."),
-        (root, "audit", "look:audit", look, "Balance the books: is every event accounted for?"),
-        (root, "tail", "tail:tail", look, "Show events as they stand in the log."),
-        (root, "config", "look:show_config", look, "Each setting and where it comes from."),
-        (topic, "list", "look:topic_list", None, "List topics: partitions, events, who reads them."),
-        (dead, "list", "dead:dead_list", None, "List the dead letters."),
-        (dead, "show", "dead:dead_show", None, "Show one: why it died, each attempt."),
-        (dead, "redrive", "dead:redrive", None, "Have them handled again."),
-        (dead, "discard", "dead:discard", None, "Give them up; the books count them as removed."),
-    ):
-        app.command(f"unlost.cli.{where}", name=name, help=text, group=group)
-    root.command(topic)
-    root.command(dead)
+    nouns: dict[str, cyclopts.App] = {}
+    lists = not tokens or list(tokens) in [[noun] for noun in _NOUNS] or not {"--help", "-h"}.isdisjoint(tokens)
+    for n, (path, where, title, usage) in enumerate(_COMMANDS):
+        noun, _, verb = path.rpartition(" ")
+        parent = root
+        if noun and noun not in nouns:
+            commands_of = cyclopts.Group("Commands")
+            parent = nouns[noun] = cyclopts.App(
+                name=noun,
+                help=_NOUNS[noun],
+                group=groups[title],
+                group_commands=commands_of,
+                sort_key=n,
+                help_epilogue="",
+                **options,
+            )
+            root.command(parent)
+        elif noun:
+            parent = nouns[noun]
+        more: dict[str, Any] = {} if noun else {"group": groups[title]}
+        parent.command(
+            f"unlost.cli.{where}",
+            name=verb,
+            sort_key=n,
+            usage=f"Usage: unlost {path} {usage}",
+            help_epilogue="",
+            **more,
+            **options,
+        )
+        if lists:
+            _ = parent[verb]  # so that its text is known
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 ok, 1 failed, 2 usage, 3 a loss was found, 4 broker unreachable,
     5 timeout or incomplete, 130 interrupted."""
+    _open_standard_streams()
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in tokens
     try:
@@ -80,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(tokens: list[str], as_json: bool) -> int:
     try:
-        result = commands()(tokens)
+        result = commands(tokens)(tokens)
     except UnlostError as e:
         print_error(e, as_json=as_json)
         return e.exit_code
@@ -111,6 +150,18 @@ def _unexpected(e: BaseException, as_json: bool) -> int:
     )  # fmt: skip
     print_error(error, as_json=as_json)
     return 1
+
+
+def _open_standard_streams() -> None:
+    """Where one of them is closed (`>&-`), its number would go to the next file that is opened: to one of ours, and
+    whoever prints would write into it."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, "w" if fd else "r", closefd=False))  # noqa: SIM115
 
 
 def _broken_pipe() -> int:

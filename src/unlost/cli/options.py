@@ -44,6 +44,14 @@ def aligned(rows: Sequence[Sequence[str]], *, left: str) -> list[str]:
     return lines
 
 
+def count(number: int, noun: str) -> str:
+    """
+    >>> count(1, "event"), count(2000, "event")
+    ('1 event', '2,000 events')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def span(seconds: float) -> str:
     """How long, in the largest unit that says something: `14 s`, `3 h`."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):

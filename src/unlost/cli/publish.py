@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from unlost.app import App
 from unlost.brokers.port import Receipt
-from unlost.cli.options import AppName, BrokerUrl, JsonLines
+from unlost.cli.options import AppName, BrokerUrl, JsonLines, count
 from unlost.cli.say import clean, clean_lines, note, out, print_json, red
 from unlost.errors import UnlostError, UsageError
 from unlost.events import Envelope, Event, seal
@@ -26,9 +26,13 @@ _CHUNK = 1 << 18
 
 
 def publish(
-    type: Annotated[str, Parameter(help="Wire type or class name; or - for lines from stdin.")],
+    type: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="Wire type or class name; or - for lines from stdin.")
+    ],
     /,
-    *fields: Annotated[str, Parameter(help="field=value, or - for lines of bare data from stdin.")],
+    *fields: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="field=value, or - for lines of bare data from stdin.")
+    ],
     id: Annotated[
         str | None, Parameter(help="Id of the event; publishing it again with the same id is recognised.")
     ] = None,
@@ -159,8 +163,8 @@ class _Lines:
         note(red(clean_lines(f"line {self._number}: {e}")))
 
     def _summary(self) -> None:
-        refused = f", {self._refused:,} lines refused" if self._refused else ""
-        note(f"{self._accepted:,} events published{refused}")
+        refused = f", {count(self._refused, 'line')} refused" if self._refused else ""
+        note(f"{count(self._accepted, 'event')} published{refused}")
 
 
 def _chunks() -> Iterator[list[bytes]]:

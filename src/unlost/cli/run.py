@@ -20,7 +20,7 @@ LEVELS = ("debug", "info", "warning", "error")
 def run(
     app: Annotated[
         str | None,
-        Parameter(name=["APP", "--app"], help="module, module:attribute or file.py. Else UNLOST_APP, pyproject."),
+        Parameter(name="--app", help="module, module:attribute or file.py. Else UNLOST_APP, pyproject."),
     ] = None,
     *,
     service: Annotated[
@@ -33,7 +33,9 @@ def run(
     ] = None,
     json: JsonLines = False,
 ) -> int:
-    """Run the services of your App until Ctrl-C.
+    """Run the services of your App.
+
+    They run until Ctrl-C or SIGTERM.
 
     Ends with code 0 when it could finish what was in hand; a second Ctrl-C ends it at once with 130. Nothing is lost
     by either. Start it several times, also on one service, and the processes share the work.

@@ -25,6 +25,9 @@ class AlreadyHandled(BaseException):
 class Unit(Protocol):
     """What the context needs of its delivery (given by the worker)."""
 
+    async def before_block(self) -> None:
+        """Returns when the key's earlier outcomes are durable: a block's commit must not overtake them."""
+
     def open_block(
         self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
     ) -> Block: ...
@@ -51,6 +54,7 @@ class Context:
         self._published: list[Envelope] = []
         self._closed = ""
         self._lock = threading.Lock()
+        self.loop = asyncio.get_running_loop()
         self.transaction_used: TransactionBlock | None = None
 
     @property
@@ -181,6 +185,7 @@ class TransactionBlock:
 
     async def __aenter__(self) -> AsyncDb:
         loop = asyncio.get_running_loop()
+        await self._unit.before_block()
         opened: asyncio.Future[None] = loop.create_future()
         self._committed = loop.create_future()
         block = self._unit.open_block(
@@ -210,6 +215,7 @@ class TransactionBlock:
     # sync, in a handler's thread
 
     def __enter__(self) -> Db:
+        asyncio.run_coroutine_threadsafe(self._unit.before_block(), self._ctx.loop).result()
         opened = threading.Event()
         errors: list[BaseException | None] = []
 

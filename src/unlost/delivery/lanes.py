@@ -33,7 +33,6 @@ class Delivery:
         "lane",
         "seen",
         "suspect",
-        "unsettled",
         "waited",
     )
 
@@ -58,7 +57,6 @@ class Delivery:
         self.waited = waited
         self.suspect = suspect
         self.seen: int | None = None  # content of an event of the same id in the inbox
-        self.unsettled = False  # its last attempt is on its way to the store
 
     @property
     def position(self) -> int:
@@ -76,6 +74,7 @@ class Lane:
         "loaded",
         "owned",
         "position",
+        "put",
         "queue",
         "ready",
         "running",
@@ -92,6 +91,7 @@ class Lane:
         self.stored = False  # the waiting room has events of this lane
         self.blocked = False
         self.due: int | None = None
+        self.put = 0  # the settler's number of its last outcome
         self.ready = False
         self.running = False
         self.sleeping = False

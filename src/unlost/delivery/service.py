@@ -181,7 +181,7 @@ class Service:
         self.catalog.add(cls)
         warning = check_past_tense(cls)
         if warning is not None:
-            warnings.warn(warning, NamingWarning, stacklevel=4)
+            warnings.warn(warning, NamingWarning, stacklevel=3)
         self.handlers[cls.__unlost__.type] = handler
         topic = cls.__unlost__.topic
         assert topic is not None

@@ -44,22 +44,25 @@ class Settler:
     def full(self) -> bool:
         return len(self._pending) >= BUFFER_MAX
 
-    def put(self, owned: Owned, outcome: Outcome) -> None:
+    def put(self, owned: Owned, outcome: Outcome) -> int:
+        """Takes an outcome; the number is for `flush`."""
         self._pending.append((owned, outcome))
         self._put += 1
         self._work.set()
         if self.full:
             self._room.clear()
+        return self._put
 
     async def room(self) -> None:
         await self._room.wait()
 
-    async def flush(self) -> None:
-        """Returns when everything that was put before is durable (or was fenced)."""
-        if self._settled >= self._put:
+    async def flush(self, number: int | None = None) -> None:
+        """Returns when everything that was put (up to `number`) is durable, or was fenced."""
+        wanted = self._put if number is None else number
+        if self._settled >= wanted:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append((self._put, future))
+        self._waiters.append((wanted, future))
         await future
 
     async def run(self) -> None:

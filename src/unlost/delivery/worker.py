@@ -30,7 +30,7 @@ from unlost.delivery.fate import (
 from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
-from unlost.errors import Fenced, Undecodable, UsageError
+from unlost.errors import Fenced, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, content_hash, event_hash
 from unlost.events.topic import Unit
 from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
@@ -208,8 +208,10 @@ class Worker:
         if self._threads is None:
             width = sum(h.concurrency for h in set(self.service.handlers.values())) + SPARE_THREADS
             self._threads = ThreadPoolExecutor(width, thread_name_prefix=f"unlost-{self.service.name}")
-        call = functools.partial(copy_context().run, handler.function, *args)
-        result = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        call = functools.partial(copy_context().run, _caught, handler.function, args)
+        result, error = await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        if error is not None:
+            raise error
         if inspect.isawaitable(result):
             await result
         elif inspect.isgenerator(result) or inspect.isasyncgen(result):
@@ -247,7 +249,7 @@ class Worker:
             if parks:
                 lane.blocked, lane.due = True, None
         self._take_from_lane(d)
-        self._settler.put(owned, outcome)
+        self._put(lane, outcome)
         if lane.blocked:
             self._park_queue(lane)
 
@@ -264,16 +266,15 @@ class Worker:
             lane.sleeping = True
             owned.sleeping += 1
             lane.due = fate.due
-            d.unsettled = True
             outcome.state, outcome.due = ("retrying", fate.due) if d.waited else ("attempted", None)
-            self._settler.put(owned, outcome)
+            self._put(lane, outcome)
             self._set_timer(fate.due, lane)
             return
         outcome.state, outcome.due = "retrying", fate.due
         self._take_from_lane(d)
         lane.stored = lane.blocked = True
         lane.due = fate.due
-        self._settler.put(owned, outcome)
+        self._put(lane, outcome)
         self._park_queue(lane)
         self._set_timer(fate.due, lane)
 
@@ -329,6 +330,8 @@ class Worker:
             await self._failure
         except Exception:
             await self._abandon()
+            with contextlib.suppress(UnlostError):  # if it cannot say goodbye, others see that it is gone
+                await self._member.close()
             raise
 
     def _spawn(self, job: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -488,9 +491,6 @@ class Worker:
                 if lane.head is None:
                     await self._load(lane)
                 d = lane.head
-                if d is not None and d.unsettled:  # else its own transaction could be durable before its last attempt
-                    await self._settler.flush()
-                    d.unsettled = False
                 if d is not None and (owned.gone or owned.draining):
                     self._let_on(d.handler.name)
                 elif d is not None and not self._held_back(lane, d):
@@ -590,10 +590,10 @@ class Worker:
 
     def _park(self, d: Delivery) -> None:
         d.lane.stored = True
-        self._settler.put(
-            d.lane.owned,
-            Outcome(arrival=d.arrival, state="parked", event_hash=d.event_hash, attempts=d.attempts),
-        )
+        self._put(d.lane, Outcome(arrival=d.arrival, state="parked", event_hash=d.event_hash, attempts=d.attempts))
+
+    def _put(self, lane: Lane, outcome: Outcome) -> None:
+        lane.put = self._settler.put(lane.owned, outcome)
 
     # --- after settling ----------------------------------------------------------------------------------
 
@@ -640,7 +640,6 @@ class Worker:
 
     def _forget(self, owned: Owned) -> None:
         owned.gone = True
-        self._recent.clear()  # what was not durable yet is not handled: its next owner may be we ourselves
         if owned.suspects:
             self._suspects -= len(owned.suspects)
             owned.suspects.clear()
@@ -700,7 +699,7 @@ class Worker:
                 except Fenced:
                     self._on_fenced(owned)
                     continue
-                if not carried_out or owned.gone:
+                if carried_out == "no longer wanted" or owned.gone:
                     continue
                 lane = owned.lane(request.key, request.position)
                 if request.action == "redrive":
@@ -708,7 +707,7 @@ class Worker:
                 else:
                     owned.aside -= 1
                     self._throttle(owned)
-                if lane.due is None:  # it stood behind this dead letter, or did not stand at all
+                if carried_out == "key is free" and lane.due is None:
                     lane.blocked = False
                 self._start(lane)
                 if lane.empty:
@@ -798,6 +797,14 @@ class Worker:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def _caught(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+    """What a handler raises in its thread, as a value: a future cannot carry StopIteration or GeneratorExit."""
+    try:
+        return function(*args), None
+    except BaseException as e:
+        return None, e
+
+
 def _repeated(inbox: Inbox, content: int) -> Fate:
     """An event whose id was handled before: a duplicate, or (never to be dropped) another event."""
     if content == inbox.content:
@@ -864,6 +871,11 @@ class _DeliveryUnit:
         self._worker = worker
         self._d = d
 
+    async def before_block(self) -> None:
+        """The key's earlier outcomes first: a block that overtook them would break the order of what they publish,
+        and could find its own event's last attempt still on its way."""
+        await self._worker._settler.flush(self._d.lane.put)
+
     def open_block(
         self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
     ) -> Block:
@@ -882,5 +894,5 @@ class _DeliveryUnit:
         )
         if d.handler.guarantee == "effectively-once":
             outcome.inbox = self._worker._inbox(d)
-        self._worker._store.finish(block, Settlement(owned.unit, owned.epoch, [outcome]))
         self._worker._reach("committing", d)
+        self._worker._store.finish(block, Settlement(owned.unit, owned.epoch, [outcome]))

@@ -61,6 +61,14 @@ class Processes:
                 self._ended_alone[service] += 1
                 self.start(service)
 
+    @property
+    def given_up(self) -> bool:
+        """A service ended by itself too often to be started again."""
+        return any(
+            self._ended_alone[service] >= STARTS_AGAIN_MAX and process.poll() is not None
+            for service, process in self._running.items()
+        )
+
     def given(self, service: str, pid: int) -> Counter[Place]:
         """What a process was given to handle."""
         return read_notes(notebook_path(self.notes, service, pid))

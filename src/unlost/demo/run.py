@@ -31,6 +31,7 @@ from unlost.world import REAL, World
 
 BATCH = 250  # orders in one publish
 LOOK_SECONDS = 0.03
+AIM_SECONDS = 0.002  # a batch of orders is handled in a moment
 STALL_SECONDS = 20.0  # nothing moves for so long: what is missing will not come any more
 BACK_SECONDS = 15.0
 IN_HAND_SECONDS = 0.5  # how long a kill waits for the victim to have something in its hands
@@ -89,7 +90,7 @@ def main(
     if json:
         print(msgspec.json.encode(_as_json(result)).decode())
     else:
-        screen.closing(result, place)
+        screen.closing(result, place, chosen)
     return result.exit_code
 
 
@@ -107,7 +108,7 @@ class _Demo:
         self.chance = World(seed).random
         self.struck: list[Kill] = []
         self.strikes_begun = 0
-        self.web = App(name="web", broker=self.url)
+        self.web = App(name="web", broker=self.url, schema="schema.sql")
         self.processes = Processes(folder, self.url, bug)
         self.began = REAL.monotonic()
         self._moved = REAL.monotonic()
@@ -144,7 +145,7 @@ class _Demo:
         share = len(envelopes) // (self.kills + 1) + 1
         for start in range(0, len(envelopes), BATCH):
             while start >= share * (self.strikes_begun + 1):
-                await asyncio.sleep(LOOK_SECONDS)
+                await self._look()
             await self._publish(envelopes[start : start + BATCH])
 
     async def _publish(self, batch: list[Envelope]) -> None:
@@ -173,25 +174,25 @@ class _Demo:
 
     async def _reached(self, service: str, done: int) -> None:
         while self._done(service) < done and not self._stalled():
-            await self._look()
+            await self._look(AIM_SECONDS)
 
     async def _holding(self, service: str) -> None:
         """A kill tells more about a process that has something in its hands."""
         end = REAL.monotonic() + IN_HAND_SECONDS
         while not self._in_hands(service) and REAL.monotonic() < end:
-            await asyncio.sleep(0.001)
+            await self._look(AIM_SECONDS)
 
     async def _strike(self, service: str) -> None:
         pid = self.processes.pid(service)
         at = self.seconds
         self.processes.kill(service)
         hands = self._in_hands(service)
-        successor = self.processes.start(service)
+        self.processes.start(service)
         self.strikes_begun += 1
         kill = Kill(service=service, pid=pid, at=at, in_hands=len(hands))
         self.screen.struck(kill, len(self.struck), self.kills)
         end = REAL.monotonic() + BACK_SECONDS
-        while not self._is_back(service, successor, hands) and REAL.monotonic() < end:
+        while not self._is_back(service, hands) and REAL.monotonic() < end:
             await self._look()
         again = len(hands & self.processes.given(service, self.processes.pid(service)).keys())
         back = msgspec.structs.replace(
@@ -206,8 +207,9 @@ class _Demo:
         fated = self.file.read(lambda c: _fated(c, service))
         return {place for place in given if place[0] not in fated or place[1] not in fated[place[0]]}
 
-    def _is_back(self, service: str, pid: int, hands: set[Place]) -> bool:
+    def _is_back(self, service: str, hands: set[Place]) -> bool:
         """It owns partitions again, and was given again what the dead one had in its hands."""
+        pid = self.processes.pid(service)
         sql = "select count(*) from unlost_epoch where service = ? and pid = ?"
         owns = self.file.read(lambda c: c.execute(sql, (service, pid)).fetchone()[0])
         return bool(owns) and hands <= self.processes.given(service, pid).keys()
@@ -218,10 +220,11 @@ class _Demo:
     def file(self) -> File:
         return self.web.file
 
-    async def _look(self) -> None:
+    async def _look(self, pause: float = LOOK_SECONDS) -> None:
         self.processes.look_after()
-        self.screen.progress(self._settled(), len(self.orders), self.seconds)
-        await asyncio.sleep(LOOK_SECONDS)
+        if self.screen.wants_progress(self.seconds):
+            self.screen.progress(self._settled(), len(self.orders), self.seconds)
+        await asyncio.sleep(pause)
 
     async def _drained(self) -> bool:
         while not self.file.read(_is_drained):
@@ -234,14 +237,15 @@ class _Demo:
         sign = self.file.read(_sign_of_life)
         if sign != self._sign:
             self._sign, self._moved = sign, REAL.monotonic()
-        return REAL.monotonic() - self._moved > STALL_SECONDS
+        return REAL.monotonic() - self._moved > STALL_SECONDS or self.processes.given_up
 
     def _done(self, service: str) -> int:
         """Events of a service that came to an end."""
         return self.file.read(lambda c: _ended(c, service))
 
     def _settled(self) -> int:
-        return min(self._done("settlement"), self._done("notification")) + self.file.read(lambda c: _dead(c, "payment"))
+        dead = self.file.read(lambda c: _dead(c, "payment"))
+        return min(self._done("settlement"), self._done("notification")) + dead
 
     def _result(self, complete: bool, seconds: float) -> Result:
         books = balance(self.file)
@@ -311,7 +315,8 @@ def _ended(c: apsw.Connection, service: str) -> int:
 
 def _dead(c: apsw.Connection, service: str) -> int:
     sql = "select count(*) from unlost_ledger where service = ? and state = 'dead'"
-    return int(c.execute(sql, (service,)).fetchone()[0])
+    (number,) = c.execute(sql, (service,)).fetchone()
+    return int(number)
 
 
 def _is_drained(c: apsw.Connection) -> bool:
@@ -322,9 +327,8 @@ def _is_drained(c: apsw.Connection) -> bool:
     ends = [partition_range(c, topic[0] + n)[1] for n in range(topic[1])]
     rows = c.execute("select service, partition, position from unlost_progress").fetchall()
     waiting = c.execute("select count(*) from unlost_waiting where due is not null").fetchone()[0]
-    return {service for service, _, _ in rows} >= set(SERVICES) and not waiting and all(
-        position >= ends[partition] for _, partition, position in rows
-    )  # fmt: skip
+    at_end = all(position >= ends[partition] for _, partition, position in rows)
+    return at_end and not waiting and {service for service, _, _ in rows} >= set(SERVICES)
 
 
 def _sign_of_life(c: apsw.Connection) -> object:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from unlost.demo.orders import Order
 from unlost.demo.processes import SERVICES
 from unlost.ops.table import books_table, missing_lines
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 BAR = 40
 KILLS_SHOWN = 4
-SEEDS_SHOWN = 5  # orders named in one line
+NAMES_SHOWN = 5  # orders named in one line
+DRAW_SECONDS = 0.1
 
 
 class Kill(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +42,7 @@ class Screen:
         self._live = sys.stderr.isatty() and not silent
         self._color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self._line = False
-        self._more = 0
+        self._drawn = 0.0
         self._kills: list[Kill] = []
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
@@ -79,11 +82,13 @@ class Screen:
         """Few kills are shown all; of many the first."""
         return of <= KILLS_SHOWN or number < KILLS_SHOWN - 2
 
+    def wants_progress(self, seconds: float) -> bool:
+        return self._live and seconds - self._drawn >= DRAW_SECONDS
+
     def progress(self, settled: int, orders: int, seconds: float) -> None:
-        if self._live:
-            rate = f"{settled / seconds:,.0f}/s" if seconds > 0 else ""
-            print(f"\r\x1b[K{_bar(settled, orders)}   {rate}", end="", file=sys.stderr, flush=True)
-            self._line = True
+        rate = f"{settled / seconds:,.0f}/s" if seconds > 0 else ""
+        print(f"\r\x1b[K{_bar(settled, orders)}   {rate}", end="", file=sys.stderr, flush=True)
+        self._line, self._drawn = True, seconds
 
     def finished(self, orders: int, settled: int, seconds: float) -> None:
         if self._kills:
@@ -99,7 +104,7 @@ class Screen:
         self._clear()
         print("interrupted; no process of the demo is left running", file=sys.stderr)
 
-    def closing(self, result: Result, folder: Path) -> None:
+    def closing(self, result: Result, folder: Path, orders: Sequence[Order]) -> None:
         v, books = result.verdict, result.books
         self.say(books_table(books, services=[s for s in SERVICES if s in books.services], color=self._color))
         self.say()
@@ -112,7 +117,7 @@ class Screen:
         )
         if v.letters_twice:
             self.say(
-                f"{_number(v.letters_twice, 'receipt', 'receipts')} went out twice, each with its idempotency key."
+                f"{_number(v.letters_twice, 'receipt', 'receipts')} went out twice, under the same idempotency key."
             )
         if v.dead:
             what = (
@@ -125,7 +130,7 @@ class Screen:
             self.say(f"\x1b[1;31m{line}\x1b[0m" if self._color else line)
         self.say()
         if result.exit_code == 0:
-            self._balanced(result, folder)
+            self._balanced(result, folder, orders)
 
     def _complaints(self, result: Result) -> list[str]:
         v, lines = result.verdict, missing_lines(result.books, result.named)
@@ -136,8 +141,8 @@ class Screen:
             ("paid, but no receipt went out", v.unsent),
         ):
             if ids:
-                more = f", … {len(ids) - SEEDS_SHOWN:,} more" if len(ids) > SEEDS_SHOWN else ""
-                lines.append(f"{_number(len(ids), 'order', 'orders')} {what}: {', '.join(ids[:SEEDS_SHOWN])}{more}")
+                more = f", … {len(ids) - NAMES_SHOWN:,} more" if len(ids) > NAMES_SHOWN else ""
+                lines.append(f"{_number(len(ids), 'order', 'orders')} {what}: {', '.join(ids[:NAMES_SHOWN])}{more}")
         if v.dead_wrongly:
             lines.append(f"the shelf differs from the orders of 0.00 by {v.dead_wrongly:,}")
         lines.extend(result.troubles)
@@ -145,7 +150,7 @@ class Screen:
             lines.append("the work did not come to an end: nothing moved any more")
         return ["", *lines] if lines else []
 
-    def _balanced(self, result: Result, folder: Path) -> None:
+    def _balanced(self, result: Result, folder: Path, orders: Sequence[Order]) -> None:
         if result.bug is not None:
             self.say(
                 f"The bug {result.bug} did no harm in this run. Try more kills: --kill {max(5, len(result.kills)) * 4}"
@@ -153,7 +158,9 @@ class Screen:
             return
         self.say("Nothing was lost. Do not take our word for it:")
         self.say("  unlost demo --break ack-first     the same run with a classic bug: the audit names what it lost")
-        self.say(f"  {f'cd {shown(folder)}':<33} then: unlost audit · unlost dead list · unlost status")
+        customer = orders[min(17, len(orders)) - 1].customer_id
+        cd = f"cd {shown(folder).removeprefix('./')}"
+        self.say(f"  {cd:<33} then: unlost audit · unlost dead list · unlost tail --key {customer}")
 
     def _clear(self) -> None:
         if self._line:

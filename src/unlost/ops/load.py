@@ -170,7 +170,7 @@ def _apps_here(folder: Path | None = None) -> list[str]:
         try:
             text = path.read_text(errors="replace")
         except OSError:
-            continue
+            continue  # only a hint is lost
         if path.stem.isidentifier() and "unlost" in text and "App(" in text:
             found.append(path.stem)
     return found

@@ -107,7 +107,7 @@ def _convert(cls: type[Event], name: str, text: str, hint: Any) -> Any:
     try:
         return msgspec.json.decode(text, type=hint)
     except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError):
-        pass
+        pass  # the first problem says more
     if name in sensitive_fields(cls):
         raise UsageError("UL1326", f"the value of {name} is not valid")
     raise UsageError("UL1326", f"the value of {name} is not valid", found=f"{problem}: {text[:80]!r}")

@@ -120,7 +120,7 @@ def _without_owner(file: File, tx: Transaction, action: Action, chosen: Sequence
             tx.execute(
                 "update unlost_progress set epoch = ? where service = ? and topic = ? and partition = ?", (epoch, *unit)
             )
-        done += carry_out(tx, Request(unit, letter.position, letter.key, action), epoch)
+        done += carry_out(tx, Request(unit, letter.position, letter.key, action), epoch) != "no longer wanted"
     return done
 
 

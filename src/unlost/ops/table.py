@@ -9,6 +9,7 @@ from unlost.ops.books import Named
 
 _BOLD, _RED, _OFF = "\x1b[1m", "\x1b[1;31m", "\x1b[0m"
 NAMED_SHOWN = 10
+WIDTH_MAX = 80
 
 
 def books_table(
@@ -33,6 +34,8 @@ def books_table(
     widths = [max(map(len, column)) for column in cells]
     gap = 3 if max(map(len, names)) + sum(w + 3 for w in widths) <= 80 else 2
     name_width = max(*map(len, names), min(20, 80 - sum(w + gap for w in widths)))
+    if name_width + sum(w + gap for w in widths) > WIDTH_MAX:
+        return _turned(chosen, columns, color)
     lines = []
     for row in range(len(names)):
         line = names[row].ljust(name_width)
@@ -41,6 +44,35 @@ def books_table(
             bad = row > 0 and column[0] == "UNACCOUNTED" and column[row] != "0"
             line += f"{_RED}{text}{_OFF}" if color and bad else text
         lines.append(f"{_BOLD}{line}{_OFF}" if color and row == 0 else line)
+    return "\n".join(lines)
+
+
+def _turned(chosen: Sequence[Book], columns: Sequence[tuple[str, list[int]]], color: bool) -> str:
+    """Too many states for one line: a line per state and a column per service, as many as fit beside each other."""
+    titles = ["THE BOOKS", *(title for title, _ in columns)]
+    left = max(map(len, titles))
+    cells = [
+        [book.service, *(f"{numbers[i]:,}" for _, numbers in columns)] for i, book in enumerate(chosen)
+    ]  # fmt: skip
+    blocks: list[list[list[str]]] = [[]]
+    width = left
+    for cell in cells:
+        width += 3 + max(map(len, cell))
+        if width > WIDTH_MAX and blocks[-1]:
+            blocks.append([])
+            width = left + 3 + max(map(len, cell))
+        blocks[-1].append(cell)
+    lines: list[str] = []
+    for block in blocks:
+        if lines:
+            lines.append("")
+        for row, title in enumerate(titles):
+            line = title.ljust(left)
+            for cell in block:
+                text = "   " + cell[row].rjust(max(map(len, cell)))
+                bad = title == "UNACCOUNTED" and cell[row] != "0"
+                line += f"{_RED}{text}{_OFF}" if color and bad else text
+            lines.append(f"{_BOLD}{line}{_OFF}" if color and row == 0 else line)
     return "\n".join(lines)
 
 

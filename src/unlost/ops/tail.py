@@ -150,7 +150,7 @@ def moment(text: str) -> int:
     try:
         when = datetime.fromisoformat(text)
     except ValueError:
-        pass
+        pass  # then it may be a duration
     else:
         try:
             return int(when.astimezone(UTC).timestamp() * 1_000_000)

@@ -229,7 +229,10 @@ class File:
         """The same for a thread without an event loop."""
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
         self._submit(_Operation(work, future, None))
-        return future.result(timeout)
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            raise OutcomeUnknown("UL2007", f"no commit within {timeout} s", fix="look before you do it again") from None
 
     def submit_block(self, block: Block) -> None:
         self._submit(block)

@@ -14,7 +14,7 @@ from typing import Any
 
 import apsw
 
-from unlost.errors import Unavailable, UnlostError, UsageError
+from unlost.errors import StatementFailed, Unavailable, UnlostError, UsageError
 from unlost.sqlite.transaction import Transaction
 from unlost.world import REAL
 
@@ -72,6 +72,13 @@ class Block:
                     found=f"{sql.strip()[:200]}",
                     fix="leave the tables that start with unlost_, transactions, PRAGMA and ATTACH to unlost",
                 ) from e
+            except DISK_ERRORS:
+                raise
+            except apsw.Error as e:
+                raise StatementFailed(
+                    "UL1206", "a statement of the transaction block failed", found=f"{type(e).__name__}: {e}",
+                    fix="correct it, or catch StatementFailed if it may fail",
+                ) from e  # fmt: skip
             finally:
                 turn.guard.user_code = False
 

@@ -148,6 +148,9 @@ class Request(msgspec.Struct, frozen=True):
     action: Literal["redrive", "discard"]
 
 
+CarriedOut = Literal["no longer wanted", "key is free", "key still parked"]
+
+
 class Block(Protocol):
     """An open transaction of a handler (`ctx.transaction()`)."""
 
@@ -223,5 +226,6 @@ class Store(Protocol):
     def requests(self, service: str) -> Sequence[Request]:
         """What operators want of this service's shelf."""
 
-    async def carry_out(self, request: Request, epoch: int) -> bool:
-        """Redrives (shelf -> waiting room, due now) or discards. False if it is no longer wanted."""
+    async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
+        """Redrives (shelf -> waiting room, due now) or discards, and says whether the key is free now or still
+        stands behind another dead letter."""

@@ -231,7 +231,7 @@ class SqliteStore:
         )
         return [Request(Unit(service, t, p), position, key, action) for t, p, position, key, action in rows]
 
-    async def carry_out(self, request: Request, epoch: int) -> bool:
+    async def carry_out(self, request: Request, epoch: int) -> port.CarriedOut:
         return await self.file.write(lambda tx: carry_out(tx, request, epoch))
 
 
@@ -542,7 +542,7 @@ def _waiting_keys(tx: Transaction, unit: Unit) -> tuple[dict[bytes, int | None],
     return waiting, keyless
 
 
-def carry_out(tx: Transaction, request: Request, epoch: int) -> bool:
+def carry_out(tx: Transaction, request: Request, epoch: int) -> port.CarriedOut:
     """Redrive or discard one dead letter, as the owner of its unit."""
     unit = request.unit
     _load(tx, unit, epoch)
@@ -552,7 +552,7 @@ def carry_out(tx: Transaction, request: Request, epoch: int) -> bool:
         (*unit, request.position),
     )
     if row is None or row[5] != request.action:
-        return False
+        return "no longer wanted"
     number, key, head, data, recorded, action, operation = row
     tx.execute("delete from unlost_shelf where number = ?", (number,))
     if action == "redrive":
@@ -569,4 +569,8 @@ def carry_out(tx: Transaction, request: Request, epoch: int) -> bool:
         f"{unit}:{request.position} was on the shelf, but the ledger did not list it",
     )
     tx.execute("update unlost_operation set carried_out = ? where number = ?", (tx.world.now(), operation))
-    return True
+    behind = tx.one(
+        "select 1 from unlost_shelf where service = ? and topic = ? and partition = ? and key = ? and parks = 1",
+        (*unit, key),
+    )
+    return "key still parked" if behind else "key is free"

@@ -23,7 +23,7 @@ from unlost.errors import UnlostError
 from unlost.events import Envelope
 from unlost.world import REAL, new_id, rfc3339
 
-SCENARIO_SECONDS = 120.0  # a scenario that takes longer has hung
+SCENARIO_SECONDS = 60.0  # a scenario that takes longer has hung
 UNTIL_SECONDS = 30.0  # how long anything may take to happen, where no promise says less
 LOOK_SECONDS = 0.01
 

@@ -22,7 +22,7 @@ from unlost.events.topic import TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import Block, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store.port import CarriedOut, Block, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
 from unlost.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -77,8 +77,15 @@ class MortalProcess:
         self._life: asyncio.Task[None] | None = None
         self._leaving = False
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        """Returns when it takes part in the service."""
         self._life = asyncio.create_task(self._live(), name=f"unlost-process-{self.service.name}")
+        while not self._life.done() and not self.joined:
+            await asyncio.wait({self._life}, timeout=0.002)
+
+    @property
+    def joined(self) -> bool:
+        return not self.dead and self.worker is not None and self.worker._failure is not None
 
     async def _live(self) -> None:
         """Starts the worker, and again after each death, until it is told to leave."""
@@ -140,7 +147,7 @@ class MortalProcess:
         if life is None:
             return
         while not life.done():
-            if self.worker is not None and not self.dead and self.worker._failure is not None:
+            if self.joined and self.worker is not None:
                 await self.worker.stop(grace)
                 break
             await asyncio.wait({life}, timeout=0.002)
@@ -324,6 +331,6 @@ class _MortalStore:
         self._process.check()
         return self._real.requests(service)
 
-    async def carry_out(self, request: Request, epoch: int) -> bool:
+    async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         await self._process.alive()
         return await self._real.carry_out(request, epoch)

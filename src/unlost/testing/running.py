@@ -142,7 +142,7 @@ class Running:
             while len(have) < processes:
                 process = MortalProcess(service, self.app.file.path, self.clock, self._points)
                 have.append(process)
-                process.start()
+                await process.start()
             leaving = have[processes:]
             del have[processes:]
             await asyncio.gather(*(process.leave(GRACE_SECONDS) for process in leaving))
@@ -228,7 +228,7 @@ class Running:
         """Whether anybody has something in hand that goes on without the clock."""
         for processes in self._processes.values():
             for p in processes:
-                if p.dead or p.worker is None or p.worker._failure is None:
+                if not p.joined or p.worker is None:
                     return True
                 if p.worker._ready or p.worker._settler._settled < p.worker._settler._put:
                     return True

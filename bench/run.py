@@ -1,0 +1,337 @@
+"""`make bench`: how fast unlost is, measured beside raw loops on the same disk in the same run.
+
+    python bench/run.py            about four minutes; writes bench/RESULTS.md
+    python bench/run.py --quick    under a minute; prints only
+
+Figures per second belong to a machine and to an hour; ratios last longer. So ours and the raw loop take turns
+(A/B/A/B), each pair gives one ratio, and the median of the ratios is what counts. No test depends on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import apsw
+from common import EVENT_BYTES, HERE, KEYS, PUBLISHERS, call, run
+
+from unlost.sqlite.guards import file_system
+
+ROOT = HERE.parent
+PEERS = {"huey": 3000, "persist-queue": 3000, "dbos": 200}  # name, events
+PEERS_VENV = ROOT / ".venv-bench"
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay")
+
+Results = list[dict[str, Any]]
+
+
+class Bench:
+    """One run. Every measurement gets an empty folder and processes of its own."""
+
+    def __init__(self, base: Path, *, quick: bool) -> None:
+        self.base = base
+        self.rounds = 3 if quick else 7
+        self.events = 8_000 if quick else 30_000
+        self.samples = 60 if quick else 200
+        self.quick = quick
+        self.publish: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.two: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.latency: dict[int, Results] = {1: [], 2: []}
+        self.alone: Results = []
+        self.once: dict[str, Results] = {"plain": [], "inbox": [], "transaction": []}
+        self.peers: dict[str, Results] = {name: [] for name in PEERS}
+        self.not_installed: dict[str, str] = {}
+
+    def run(self) -> None:
+        for number in range(self.rounds):
+            say(f"round {number + 1} of {self.rounds}")
+            self.publish.append(self._pair("publish", self.events, PUBLISHERS))
+            self.two.append(self._pair("two", self.events))
+            for processes in (1, 2):
+                self.latency[processes].append(self._ours("latency", self.samples, processes))
+            if number < 3:
+                self._for_information()
+
+    def _pair(self, mode: str, *args: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A, then B on the rows that A wrote."""
+        with self._folder() as folder:
+            ours = call("ours.py", mode, folder, *args)
+            return ours, call("raw.py", mode, folder, json.dumps(ours))
+
+    def _ours(self, mode: str, *args: object) -> dict[str, Any]:
+        with self._folder() as folder:
+            return call("ours.py", mode, folder, *args)
+
+    def _for_information(self) -> None:
+        self.alone.append(self._ours("publish", self.events // 10, 1))
+        for kind, total in (("plain", self.events), ("inbox", self.events), ("transaction", self.events // 6)):
+            self.once[kind].append(self._ours("once", total, kind))
+        if self.quick:
+            return
+        for name, total in PEERS.items():
+            if name not in self.not_installed:
+                with self._folder() as folder:
+                    self.peers[name].append(run(PEERS_VENV / "bin" / "python", "peers.py", name, folder, total))
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        folder = Path(tempfile.mkdtemp(dir=self.base))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+    def install_peers(self) -> None:
+        """Each on its own: one that does not install is named in the table, the others are measured."""
+        python = PEERS_VENV / "bin" / "python"
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(PEERS_VENV)], check=True)
+        for name in PEERS:
+            done = subprocess.run(
+                [str(python), "-m", "pip", "install", "-q", "-c", str(HERE / "constraints.txt"), name],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            if done.returncode != 0:
+                self.not_installed[name] = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+
+
+# --- the tables --------------------------------------------------------------------------------------------------
+
+
+def median(values: Sequence[float] | Iterator[float]) -> float:
+    return statistics.median(list(values))
+
+
+def rate(results: Results) -> float:
+    return median([r["events"] / r["seconds"] for r in results])
+
+
+def cpu(results: Results, name: str = "cpu") -> float:
+    """Processor time per event, in microseconds."""
+    return median([r[name] / r["events"] * 1e6 for r in results])
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    return statistics.quantiles(values, n=100)[percent - 1]
+
+
+def ratio_row(name: str, pairs: list[tuple[dict[str, Any], dict[str, Any]]], target: float) -> list[str]:
+    ratios = [raw["seconds"] / ours["seconds"] for ours, raw in pairs]
+    found = median(ratios)
+    return [
+        name, f"{rate([ours for ours, _ in pairs]):,.0f}/s", f"{rate([raw for _, raw in pairs]):,.0f}/s",
+        f"≥ {target:g}", f"**{found:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
+        "pass" if found >= target else "fail",
+    ]  # fmt: skip
+
+
+def latency_row(name: str, results: Results, target: float) -> list[str]:
+    ratios = [median(r["start"]) / median(r["disk"]) for r in results]
+    found = median(ratios)
+    return [
+        name, f"{median([median(r['start']) for r in results]):,.0f} µs",
+        f"{median([median(r['disk']) for r in results]):,.0f} µs",
+        f"≤ {target:g}", f"**{found:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
+        "pass" if found <= target else "fail",
+    ]  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def targets(b: Bench) -> str:
+    return table(
+        ["", "unlost", "raw", "target", "ratio: median (least to most)", ""],
+        [
+            ratio_row(f"publish, {PUBLISHERS} publishers, one event per call", b.publish, 0.3),
+            ratio_row("two processes: publish → handle → durable position", b.two, 0.3),
+            latency_row("publish call → handler start, p50, one process", b.latency[1], 4.0),
+            latency_row("publish call → handler start, p50, two processes", b.latency[2], 4.0),
+        ],
+    )
+
+
+def same_work(b: Bench) -> str:
+    def per(results: Results, name: str) -> str:
+        return f"{median([r['events'] / r[name] for r in results]):.0f}"
+
+    ours, raw = [o for o, _ in b.publish], [r for _, r in b.publish]
+    ours2, raw2 = [o for o, _ in b.two], [r for _, r in b.two]
+    return table(
+        ["", "unlost", "raw"],
+        [
+            ["rows per commit: publish", per(ours, "commits"), per(raw, "commits")],
+            ["rows per commit: two processes, publishing", per(ours2, "publish_commits"), per(raw2, "publish_commits")],
+            ["rows per commit: two processes, handling", per(ours2, "handle_commits"), per(raw2, "handle_commits")],
+            ["bytes of a row", f"{ours[0]['row_bytes']:.0f}", "the same rows"],
+            ["processor time per event: publish", f"{cpu(ours):.1f} µs", f"{cpu(raw):.1f} µs"],
+            ["… two processes, publishing", f"{cpu(ours2, 'publish_cpu'):.1f} µs", f"{cpu(raw2, 'publish_cpu'):.1f} µs"],
+            ["… two processes, handling", f"{cpu(ours2, 'handle_cpu'):.1f} µs", f"{cpu(raw2, 'handle_cpu'):.1f} µs"],
+        ],
+    )  # fmt: skip
+
+
+def latencies(b: Bench) -> str:
+    rows = []
+    for processes, results in b.latency.items():
+        for name, what in (("publish", "publish call → receipt"), ("start", "publish call → handler start")):
+            values = [v for r in results for v in r[name]]
+            rows.append([f"{what}, {'one process' if processes == 1 else 'two processes'}", *cells(values)])
+    rows.append(["4 KiB pwrite + fdatasync", *cells([v for r in (*b.latency[1], *b.latency[2]) for v in r["disk"]])])
+    return table(["", "p50", "p95", "p99"], rows)
+
+
+def cells(values: Sequence[float]) -> list[str]:
+    return [f"{percentile(values, p):,.0f} µs" for p in (50, 95, 99)]
+
+
+def information(b: Bench) -> str:
+    ours, none = [o for o, _ in b.publish], ""
+    rows = [
+        ["unlost, 100 publishers", f"{rate(ours):,.0f}/s", f"{cpu(ours):.0f} µs", none, none, "receipt after fsync"],
+        ["unlost, one publisher", f"{rate(b.alone):,.0f}/s", f"{cpu(b.alone):.0f} µs", none, none, "the same"],
+    ]
+    for kind, what in (
+        ("plain", "unlost, at-least-once"),
+        ("inbox", "unlost, effectively-once"),
+        ("transaction", "unlost, effectively-once, `ctx.transaction()` with a row of its own"),
+    ):
+        results = b.once[kind]
+        each = median([r["events"] / r["commits"] for r in results])
+        note = f"a backlog, until all positions are durable; {each:.0f} events per commit"
+        rows.append([what, none, none, f"{rate(results):,.0f}/s", f"{cpu(results):.0f} µs", note])
+    for name, results in b.peers.items():
+        if name in b.not_installed:
+            rows.append([name, none, none, none, none, f"not measured: {b.not_installed[name]}"])
+        elif results:
+            r = results[0]
+            rows.append(
+                [
+                    f"{r['name']} {r['version']}",
+                    f"{median([x['put_rate'] for x in results]):,.0f}/s",
+                    f"{median([x['put_cpu'] for x in results]) * 1e6:.0f} µs",
+                    f"{median([x['handle_rate'] for x in results]):,.0f}/s",
+                    f"{median([x['handle_cpu'] for x in results]) * 1e6:.0f} µs",
+                    r["settings"],
+                ]
+            )
+    return table(["", "publish", "processor time", "handle", "processor time", "how"], rows)
+
+
+def machine(b: Bench) -> str:
+    ours = b.publish[0][0]
+    lines = [
+        f"{processor()}, {os.cpu_count()} cores, {memory()}; {platform.system()} {platform.release()}, "
+        f"{file_system(b.base.resolve())}",
+        f"Python {platform.python_version()}, unlost {version('unlost')}, SQLite {apsw.sqlite_lib_version()} "
+        f"(apsw {version('apsw')}), msgspec {version('msgspec')}",
+        "both sides: " + ", ".join(f"{name}={value}" for name, value in ours["pragmas"].items()),
+    ]
+    found = [r[0]["sqlite"] for r in b.peers.values() if r]
+    if found:
+        lines.append(f"the neighbours use Python's own SQLite {found[0]}")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory() -> str:
+    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+
+
+def document(b: Bench) -> str:
+    return f"""# Speed
+
+Written by `make bench`. {b.rounds} rounds; ours and the raw loop take turns on one disk; medians.
+Events have {EVENT_BYTES} bytes of data and one of {KEYS:,} keys. Nothing is switched off: a receipt comes after the fsync,
+a position counts when it is durable, and each run ends with a comparison of what was published with what is there.
+
+## Targets
+
+{targets(b)}
+
+- The raw loops are in `bench/raw.py`: apsw, the same tables, settings and rows (those that unlost has just written, in
+  its order), as many rows per commit as unlost had. They do none of its other work.
+- Publish: a closed loop, each publisher sends its next event when the one before is durable.
+- Two processes: from the first call until the position of the last event is durable in the other process. The raw
+  loop has a writer and a reader that decodes the data, under the same lock file.
+- Handler start: one event at a time, sent when the one before is settled; between two of them one 4 KiB `pwrite` +
+  `fdatasync` over an allocated file on the same disk.
+
+## The same work
+
+{same_work(b)}
+
+## Latency
+
+{latencies(b)}
+
+## For information
+
+{information(b)}
+
+The neighbours run in one process with one caller, as their own documentation shows; unlost's group commit needs
+concurrent callers, so its line with one publisher is the one to compare with their publish column.
+
+## Machine
+
+{machine(b)}
+"""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under a minute, without the neighbours; prints only")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench", help="where the files are made")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kind = file_system(options.folder.resolve())
+    if kind in MEMORY_FILE_SYSTEMS:
+        say(
+            f"warning: {kind} is memory, or hides the disk; fsync may cost nothing there. Give --folder on a real disk."
+        )
+    bench = Bench(options.folder, quick=options.quick)
+    timed(bench.install_peers if not options.quick else lambda: None)
+    seconds = timed(bench.run)
+    text = document(bench)
+    print(text)
+    if not options.quick:
+        (HERE / "RESULTS.md").write_text(text)
+    say(f"{seconds:.0f} s" + ("" if options.quick else f", written to {HERE.name}/RESULTS.md"))
+
+
+def timed(work: Callable[[], None]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+if __name__ == "__main__":
+    main()

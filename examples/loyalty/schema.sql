@@ -1,0 +1,1 @@
+create table if not exists points (customer_id text primary key, points integer not null);
