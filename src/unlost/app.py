@@ -267,18 +267,20 @@ class App:
             self._workers = workers
             tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
             stop = asyncio.create_task(self._stop.wait())
+            broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.file.on_broken = _report_to(broken)
             house = asyncio.create_task(self._keep_house())
             if ready is not None:
                 ready()
             try:
-                await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([*tasks, stop, broken], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
                 stop.cancel()
                 house.cancel()
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 self._workers = []
-            for error in ended:
+            for error in (*ended, self.file.broken):
                 if isinstance(error, Exception):
                     raise error
 
@@ -348,6 +350,15 @@ class _Portal:
 
         threading.Thread(target=run, name="unlost-portal", daemon=True).start()
         started.result()
+
+
+def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:
+    loop = future.get_loop()
+
+    def report(_error: UnlostError) -> None:
+        loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+
+    return report
 
 
 async def _apply_schema(file: File, text: str) -> None:

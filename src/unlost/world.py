@@ -41,7 +41,8 @@ class World:
         if seconds <= 0:
             return
         try:
-            await asyncio.wait_for(wake.wait(), seconds)
+            async with asyncio.timeout(seconds):  # `wait_for` can swallow a cancellation (Python 3.11)
+                await wake.wait()
         except TimeoutError:
             return
 

@@ -238,7 +238,7 @@ async def test_only_db_may_be_used_inside_a_block(schema: Path) -> None:
     async with running(app) as t:
         await t.publish(Placed(order_id="a"))
         await t.settled()
-        assert codes == ["UL1223"] * 3 + ["UL1203"] * 4 + ["SQLError"]
+        assert codes == ["UL1223"] * 3 + ["UL1203"] * 4 + ["UL1206"]
         assert t.db(ALL) == [("a", 1)]
         assert [e.order_id for e in t.published(Paid)] == ["outside"]
         with pytest.raises(UsageError, match="UL1204"):

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import apsw
 
-from unlost.errors import Damaged, OutcomeUnknown, Unavailable, UnlostError, UsageError
+from unlost.errors import Bug, Damaged, OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.sqlite import guards, process
 from unlost.sqlite.bell import Bell
 from unlost.sqlite.marks import Marks, read_marks
@@ -266,8 +266,7 @@ class File:
             self._closed = True
             self._queue.put(_STOP)
         self._thread.join()
-        if self.broken is None:
-            self.process_file.close()
+        self.process_file.close(keep=self.broken is not None)
         self._bell.close()
         with self._read_lock, contextlib.suppress(*(_ANY if self.broken is not None else ())):
             self._marks.close()
@@ -306,9 +305,13 @@ class File:
                 pass  # that was all
             stop = any(item is _STOP for item in group)
             group = [item for item in group if item is not _STOP]
-            if group:
-                self._commit(group)
-            self._keep_house()
+            try:
+                if group:
+                    self._commit(group)
+                self._keep_house()
+            except BaseException as e:  # a bug of ours: the file stops, and nobody waits for ever
+                self._broke(Bug("UL9002", "the writer of the file failed", found=f"{type(e).__name__}: {e}"))
+                _tell(group, self.broken)
 
     def _keep_house(self) -> None:
         now = REAL.monotonic()
@@ -412,19 +415,23 @@ class File:
             kind: type[UnlostError] = OutcomeUnknown
             if isinstance(e, (apsw.CorruptError, apsw.NotADBError)):
                 kind = Damaged
-            self.broken = kind(
+            return self._broke(kind(
                 "UL2003", f"the disk failed under {self.path}; this process must stop and start again",
                 found=f"{type(e).__name__}: {e}", fix="check the disk, then restart; what was acknowledged is checked then",
-            )  # fmt: skip
-            if self.on_broken is not None:
-                self.on_broken(self.broken)
-            return self.broken
+            ))  # fmt: skip
         if isinstance(e, apsw.Error):
             return Unavailable(
                 "UL2006", f"SQLite refused a commit to {self.path}; nothing was accepted",
                 found=f"{type(e).__name__}: {e}", fix="try again; if it happens again, please report this",
             )  # fmt: skip
         return e
+
+    def _broke(self, error: UnlostError) -> UnlostError:
+        """From now on every call raises this; only opening the file again helps."""
+        self.broken = error
+        if self.on_broken is not None:
+            self.on_broken(error)
+        return error
 
 
 def _parts(group: list[Any]) -> list[list[Any]]:
@@ -454,6 +461,8 @@ def _tell(group: list[Any], error: BaseException | None) -> None:
             item.error = error
         if item.loop is not None:
             by_loop.setdefault(item.loop, []).append(item)
+        elif item.future.done():
+            continue
         elif item.error is not None:
             item.future.set_exception(item.error)
         else:

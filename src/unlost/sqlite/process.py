@@ -98,9 +98,11 @@ class ProcessFile:
             os.close(self._fd)
             self._fd = -1
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
+        """Lets go of the lock. `keep` leaves the file for others to read, as after a death."""
         if self._fd >= 0:
-            self.path.unlink(missing_ok=True)
+            if not keep:
+                self.path.unlink(missing_ok=True)
             self._map.close()
             os.close(self._fd)
             self._fd = -1

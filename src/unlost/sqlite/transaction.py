@@ -85,6 +85,7 @@ class Transaction:
         self._topics: dict[str, TopicRow] = {}
         self._data_version = -1
         self._turn = 0  # where events without a key go next
+        self._count = 0  # of events ever appended: unlike the rows in hand, it does not fall when they are written
 
     def begin(self) -> None:
         """Starts a commit. What was cached is dropped if anybody else has committed since."""
@@ -111,7 +112,7 @@ class Transaction:
 
     def changes(self) -> int:
         """Grows with every row written in this commit; for noticing whether something was written at all."""
-        return int(self.connection.total_changes()) + len(self._rows)
+        return int(self.connection.total_changes()) + self._count
 
     def topic(self, name: str) -> TopicRow:
         row = self._topics.get(name)
@@ -162,6 +163,7 @@ class Transaction:
                 )
             )
             tails[number] = (position + 1, digest)
+            self._count += 1
             result.append(Appended(partition, position, recorded))
         return result
 

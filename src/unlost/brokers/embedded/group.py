@@ -15,6 +15,7 @@ import apsw
 
 from unlost.brokers.embedded.log import read_partition
 from unlost.brokers.port import Arrivals, Assigned, Change, Lost, Revoked
+from unlost.errors import UsageError
 from unlost.events.topic import Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine, service_hash
@@ -42,6 +43,7 @@ class EmbeddedMember:
         self._looked = float("-inf")
         self._order: list[Unit] = []
         self._joined = False
+        self._closed = False
 
     async def open(self) -> None:
         self._numbers = self._file.read(self._read_numbers)
@@ -53,6 +55,8 @@ class EmbeddedMember:
 
     async def receive(self) -> Sequence[Change]:
         while True:
+            if self._closed:  # else it would join again, and hold units that nobody reads
+                raise UsageError("UL1115", "this member has left its service", fix="join again for a new one")
             self._wake.clear()
             changes: list[Change] = []
             if self._loop.time() - self._looked >= POLL_SECONDS:
@@ -63,7 +67,8 @@ class EmbeddedMember:
                 return changes
             wait = max(0.0, self._looked + POLL_SECONDS - self._loop.time())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait)
+                async with asyncio.timeout(wait):  # `wait_for` can swallow a cancellation (Python 3.11)
+                    await self._wake.wait()
 
     def seek(self, unit: Unit, position: int) -> None:
         if unit in self._owned:
@@ -96,6 +101,7 @@ class EmbeddedMember:
         await self._file.write(work)
 
     async def close(self) -> None:
+        self._closed = True
         self._file.unlisten(self._notify)
         _bells.remove(self._loop, self._file, self._wake)
         process = self._file.process_id
