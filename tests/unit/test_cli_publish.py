@@ -49,7 +49,7 @@ BAD = [
     (["OrderPlcd"], "UL1322", "did you mean OrderPlaced"),
     (["OrderPlaced"], "UL1325", "order_id=... total_cents=..."),
     (["OrderPlaced", "order_id=1", "total_cents=ten"], "UL1326", "Expected `int`"),
-    (["OrderPlaced", "order_id=1", "total_cents=1", "totl=1"], "UL1324", "did you mean total_cents?"),
+    (["OrderPlaced", "order_id=1", "total_cents=1", "total_cent=1"], "UL1324", "did you mean total_cents?"),
     (["OrderPlaced", "order_id"], "UL1323", "field=value"),
     (["OrderPlaced", "order_id=1", "order_id=2"], "UL1323", "twice"),
     (["OrderPlaced", "order_id=", "total_cents=1"], "UL1006", "empty"),

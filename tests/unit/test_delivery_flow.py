@@ -94,7 +94,7 @@ async def test_what_is_in_hand_stays_below_its_bound_and_nothing_is_lost() -> No
 
         def look() -> None:
             nonlocal most
-            most = max(most, *(o.in_hand for o in worker.owned.values()))
+            most = max(most, *(o.in_hand for o in worker.owned.values()), 0)
 
         for start in range(0, 20_000, 2_000):
             await t.publish_all([Placed(order_id=f"o{n % 300}", n=n) for n in range(start, start + 2_000)])

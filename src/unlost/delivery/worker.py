@@ -50,6 +50,7 @@ REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
 WATCH_SECONDS = 0.05  # precision of deadlines
 CANCEL_AGAIN_SECONDS = 1.0
 CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when the service stops
+CANCELS_MAX = 10
 YIELD_EVERY = 32  # deliveries of one runner before others get their turn
 SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
 
@@ -815,12 +816,15 @@ def _repeated(inbox: Inbox, content: int) -> Fate:
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
     """Cancels tasks and waits for their end; not for ever, because a handler may refuse to be cancelled."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        _, refusing = await asyncio.wait(tasks, timeout=CANCELLED_SECONDS_MAX)
-        if refusing:
-            log.warning("%d handlers do not let themselves be cancelled; their events are given back", len(refusing))
+    refusing = set(tasks)
+    for _ in range(CANCELS_MAX):
+        if not refusing:
+            return
+        for task in refusing:
+            task.cancel()
+        _, refusing = await asyncio.wait(refusing, timeout=CANCELLED_SECONDS_MAX / CANCELS_MAX)
+    if refusing:
+        log.warning("%d handlers do not let themselves be cancelled; their events are given back", len(refusing))
 
 
 class _Running:

@@ -108,11 +108,18 @@ class _Demo:
         self.chance = World(seed).random
         self.struck: list[Kill] = []
         self.strikes_begun = 0
+        self.published = 0
         self.web = App(name="web", broker=self.url, schema="schema.sql")
         self.processes = Processes(folder, self.url, bug)
         self.began = REAL.monotonic()
         self._moved = REAL.monotonic()
         self._sign: object = None
+
+    @property
+    def dealt(self) -> int:
+        """How many orders may be published by now: an equal share before each kill, and one after the last."""
+        share = len(self.orders) // (self.kills + 1) + 1
+        return min(len(self.orders), share * (self.strikes_begun + 1))
 
     @property
     def seconds(self) -> float:
@@ -142,11 +149,11 @@ class _Demo:
     async def _take_orders(self) -> None:
         """Publishes the orders as they came. They are dealt out so that each kill meets a shop at work."""
         envelopes = [_envelope(order) for order in as_they_came(self.orders)]
-        share = len(envelopes) // (self.kills + 1) + 1
         for start in range(0, len(envelopes), BATCH):
-            while start >= share * (self.strikes_begun + 1):
+            while start >= self.dealt:
                 await self._look()
             await self._publish(envelopes[start : start + BATCH])
+            self.published = start + BATCH
 
     async def _publish(self, batch: list[Envelope]) -> None:
         """Until it is surely accepted. After an unknown outcome the same ids go again: at most duplicates, which `order`
@@ -173,7 +180,7 @@ class _Demo:
             await self._strike(victim)
 
     async def _reached(self, service: str, done: int) -> None:
-        while self._done(service) < done and not self._stalled():
+        while self._done(service) < done and not self._idle() and not self._stalled():
             await self._look(AIM_SECONDS)
 
     async def _holding(self, service: str) -> None:
@@ -208,11 +215,14 @@ class _Demo:
         return {place for place in given if place[0] not in fated or place[1] not in fated[place[0]]}
 
     def _is_back(self, service: str, hands: set[Place]) -> bool:
-        """It owns partitions again, and was given again what the dead one had in its hands."""
+        """It owns partitions again, and was given again what the dead one had in its hands, or never will be: a planted
+        bug may have moved the position past it."""
         pid = self.processes.pid(service)
         sql = "select count(*) from unlost_epoch where service = ? and pid = ?"
         owns = self.file.read(lambda c: c.execute(sql, (service, pid)).fetchone()[0])
-        return bool(owns) and hands <= self.processes.given(service, pid).keys()
+        missing = hands - self.processes.given(service, pid).keys()
+        positions = self.file.read(lambda c: _positions(c, service)) if missing else {}
+        return bool(owns) and all(position < positions[partition] for partition, position in missing)
 
     # --- looking -----------------------------------------------------------------------------------------
 
@@ -225,6 +235,10 @@ class _Demo:
         if self.screen.wants_progress(self.seconds):
             self.screen.progress(self._settled(), len(self.orders), self.seconds)
         await asyncio.sleep(pause)
+
+    def _idle(self) -> bool:
+        """What was published is handled: the victim will not get any further before it is struck."""
+        return self.published >= self.dealt and self.file.read(_is_drained)
 
     async def _drained(self) -> bool:
         while not self.file.read(_is_drained):
@@ -306,6 +320,11 @@ def _as_json(result: Result) -> dict[str, object]:
 def _fated(c: apsw.Connection, service: str) -> dict[int, Runs]:
     rows = c.execute("select partition, fated from unlost_progress where service = ?", (service,))
     return {partition: Runs.decode(fated) for partition, fated in rows}
+
+
+def _positions(c: apsw.Connection, service: str) -> dict[int, int]:
+    """From where each partition goes on."""
+    return dict(c.execute("select partition, position from unlost_progress where service = ?", (service,)))
 
 
 def _ended(c: apsw.Connection, service: str) -> int:

@@ -119,7 +119,7 @@ class Screen:
             self.say(
                 f"{_number(v.letters_twice, 'receipt', 'receipts')} went out twice, under the same idempotency key."
             )
-        if v.dead:
+        if v.dead and not v.dead_wrongly:
             what = (
                 "order of 0.00 cannot be paid; it waits"
                 if len(v.dead) == 1
@@ -133,18 +133,19 @@ class Screen:
             self._balanced(result, folder, orders)
 
     def _complaints(self, result: Result) -> list[str]:
-        v, lines = result.verdict, missing_lines(result.books, result.named)
+        v, lines = result.verdict, missing_lines(result.books, result.named, shown=NAMES_SHOWN)
         for what, ids in (
             ("not settled", v.unsettled),
             ("settled twice", v.settled_twice),
             ("settled, but they should not have been", v.foreign),
-            ("paid, but no receipt went out", v.unsent),
+            ("without a receipt", v.unsent),
+            ("of 0.00 not on the shelf", v.not_on_shelf),
         ):
             if ids:
                 more = f", … {len(ids) - NAMES_SHOWN:,} more" if len(ids) > NAMES_SHOWN else ""
                 lines.append(f"{_number(len(ids), 'order', 'orders')} {what}: {', '.join(ids[:NAMES_SHOWN])}{more}")
         if v.dead_wrongly:
-            lines.append(f"the shelf differs from the orders of 0.00 by {v.dead_wrongly:,}")
+            lines.append(f"{_number(v.dead_wrongly, 'dead letter', 'dead letters')} that should not be on the shelf")
         lines.extend(result.troubles)
         if not result.complete:
             lines.append("the work did not come to an end: nothing moved any more")

@@ -27,7 +27,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     foreign: list[str]  # settled, but not payable or not in the file
     inversions: int  # orders of a customer that were settled after a later one
     dead: list[str]  # orders on the shelf
-    dead_wrongly: int  # dead letters that are not one of the orders that cannot be paid, and such as are missing
+    not_on_shelf: list[str]  # orders that cannot be paid, and are not on the shelf
+    dead_wrongly: int  # dead letters that are not one of these orders
     unsent: list[str]  # payments without a letter
     letters_twice: int  # letters that were sent again under the same idempotency key
     delivered_again: int  # deliveries that came again after a kill
@@ -38,7 +39,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return (
             self.in_file_cents == self.settled_cents
             and self.days == self.days_agreeing
-            and not (self.unsettled or self.settled_twice or self.foreign or self.unsent)
+            and not (self.unsettled or self.settled_twice or self.foreign or self.unsent or self.not_on_shelf)
             and self.inversions == self.dead_wrongly == 0
         )
 
@@ -71,7 +72,8 @@ def compare(
         foreign=sorted(times.keys() - payable) + sorted(by_day.keys() - expected.keys()),
         inversions=_inversions(settled),
         dead=sorted(dead),
-        dead_wrongly=strangers + len(set(dead) ^ unpayable) + len(dead) - len(set(dead)),
+        not_on_shelf=sorted(unpayable - set(dead)),
+        dead_wrongly=strangers + len(dead) - len(set(dead) & unpayable),
         unsent=sorted(payable - {order_id for _, order_id in sent}),
         letters_twice=sent.total() - len(sent),
         delivered_again=again,

@@ -21,6 +21,7 @@ from unlost.world import REAL
 
 BATCH = 256
 POLL_SECONDS = 0.5
+_YEAR_1 = -62_135_596_800_000_000  # microseconds: the calendar of Python begins there
 
 Place = tuple[str, int]  # topic, partition
 Seen = tuple[Place, Arrival]
@@ -157,9 +158,12 @@ def moment(text: str) -> int:
         except (OverflowError, ValueError):
             raise _no_moment(text) from None
     try:
-        return REAL.now() - int(duration(text) * 1_000_000)
+        micros = REAL.now() - int(duration(text) * 1_000_000)
     except (UsageError, OverflowError):
         raise _no_moment(text) from None
+    if micros < _YEAR_1:
+        raise _no_moment(text)
+    return micros
 
 
 def _no_moment(text: str) -> UsageError:

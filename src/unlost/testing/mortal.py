@@ -230,9 +230,9 @@ class _MortalFile(ProcessFile):
     def forget_child(self) -> None:
         self._real.forget_child()
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         if not self._over:
-            self._real.close()
+            self._real.close(keep=keep)
 
 
 class _MortalBroker:
