@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -90,7 +91,7 @@ def make_log(path: Path, pragmas: dict[str, Any]) -> apsw.Connection:
 def chunks(total: int, commits: int) -> list[tuple[int, int]]:
     """`total` rows in so many commits, as even as can be."""
     bounds = [round(i * total / commits) for i in range(commits + 1)]
-    return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]
 
 
 def call(program: str, *args: object) -> dict[str, Any]:

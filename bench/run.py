@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -54,8 +55,20 @@ class Bench:
         self.once: dict[str, Results] = {"plain": [], "inbox": [], "transaction": []}
         self.peers: dict[str, Results] = {name: [] for name in PEERS}
         self.not_installed: dict[str, str] = {}
+        self.others = ""
 
     def run(self) -> None:
+        """All rounds, and how much of the machine other programs took meanwhile."""
+        busy, own, began = busy_seconds(), own_seconds(), time.monotonic()
+        self._rounds()
+        if busy is not None:
+            others = (busy_seconds() or 0.0) - busy - (own_seconds() - own)
+            share = max(0.0, others) / (time.monotonic() - began) / (os.cpu_count() or 1)
+            self.others = f"{share:.0%} of the processors' time went to other programs and the system during the run"
+            if share > 0.1:
+                self.others += ": **too much for figures that count; run it again on a quiet machine**"
+
+    def _rounds(self) -> None:
         for number in range(self.rounds):
             say(f"round {number + 1} of {self.rounds}")
             self.publish.append(self._pair("publish", self.events, PUBLISHERS))
@@ -243,9 +256,29 @@ def machine(b: Bench) -> str:
         "both sides: " + ", ".join(f"{name}={value}" for name, value in ours["pragmas"].items()),
     ]
     found = [r[0]["sqlite"] for r in b.peers.values() if r]
+    if b.others:
+        lines.append(b.others)
     if found:
         lines.append(f"the neighbours use Python's own SQLite {found[0]}")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def busy_seconds() -> float | None:
+    """Processor time that anybody has used since the machine started, where the system tells."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, interrupts, soft, steal = map(int, fields[:8])
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """The same of this program and of all it has run."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
+    )
 
 
 def processor() -> str:

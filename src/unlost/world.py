@@ -19,14 +19,19 @@ class World:
     """Real time, real randomness.
 
     `now` is wall-clock time in microseconds since 1970 (what people read and what is stored);
-    `monotonic` is seconds on a clock that never jumps (what durations are measured with).
+    `steady` is the same when the program starts, and then never jumps (what waits are measured with, so that a
+    clock that is set back an hour delays no retry); `monotonic` is seconds since some moment.
     """
 
     def __init__(self, seed: int | None = None) -> None:
         self.random = random.Random(seed)
+        self._start = time.time_ns() // 1000 - time.monotonic_ns() // 1000
 
     def now(self) -> int:
         return time.time_ns() // 1000
+
+    def steady(self) -> int:
+        return self._start + time.monotonic_ns() // 1000
 
     def monotonic(self) -> float:
         return time.monotonic()
@@ -36,8 +41,8 @@ class World:
         time.sleep(seconds)
 
     async def wait_until(self, due: int, wake: asyncio.Event) -> None:
-        """Returns when wall-clock time reaches `due` (microseconds) or `wake` is set, whichever is first."""
-        seconds = (due - self.now()) / 1e6
+        """Returns when `steady` reaches `due` (microseconds) or `wake` is set, whichever is first."""
+        seconds = (due - self.steady()) / 1e6
         if seconds <= 0:
             return
         try:

@@ -14,7 +14,9 @@ from typing import Literal
 
 import msgspec
 
-What = Literal["intend", "acked", "unknown", "refused", "delivered", "completed", "shelved", "died"]
+What = Literal[
+    "intend", "acked", "unknown", "refused", "delivered", "completed", "shelved", "died", "audited", "unbalanced"
+]
 
 
 class Note(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):

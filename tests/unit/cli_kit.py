@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -10,8 +13,11 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from unlost.cli.main import main
 
 SECONDS_MAX = 30.0
 
@@ -87,6 +93,32 @@ class Shell:
         assert "\x1b" not in result.out + result.err, repr(result)
         return result
 
+    def quick(self, *arguments: str, **env: str) -> Result:
+        """The same in this process: ten times as fast, for what needs no stdin and no signals."""
+        out, err = io.StringIO(), io.StringIO()
+        saved, folder = dict(os.environ), Path.cwd()
+        os.environ.clear()
+        os.environ.update(self.env | env)
+        os.chdir(self.folder)
+        path = list(sys.path)
+        known = set(sys.modules)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(arguments)
+        finally:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(saved)
+            sys.path[:] = path
+            importlib.invalidate_caches()
+            for name in set(sys.modules) - known:
+                if not name.startswith(("unlost", "rich", "cyclopts")):
+                    del sys.modules[name]
+        result = Result(code, out.getvalue(), err.getvalue())
+        assert "Traceback" not in result.out + result.err, result
+        assert "\x1b" not in result.out + result.err, repr(result)
+        return result
+
     def ok(self, *arguments: str, stdin: str = "", **env: str) -> Result:
         result = self(*arguments, stdin=stdin, **env)
         assert result.code == 0, result
@@ -104,16 +136,20 @@ class Shell:
             )
         )  # fmt: skip
 
+    def until(self, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Waits until `unlost status` says so of every service."""
+        end = time.monotonic() + SECONDS_MAX
+        while True:
+            result = self.quick("status", "--json")
+            if result.code == 0 and result.json["services"] and all(map(holds, result.json["services"])):
+                return
+            assert time.monotonic() < end, result
+
     def handle_all(self, *arguments: str) -> None:
         """Runs the App until nothing waits any more."""
         with self.start("run", "shop", *arguments) as running:
-            end = time.monotonic() + SECONDS_MAX
-            while True:
-                if self.database.exists():
-                    found = self.ok("status", "--json").json["services"]
-                    if found and not any(s["waiting"] + s["in_flight"] + s["retrying"] for s in found):
-                        break
-                assert time.monotonic() < end, running.text()
+            running.says("unlost: ")  # from here on it ends by a signal as it should
+            self.until(lambda s: not s["waiting"] + s["in_flight"] + s["retrying"] and s["next_retry"] is None)
             assert running.end(signal.SIGTERM) == 0
 
 

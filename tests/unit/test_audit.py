@@ -95,9 +95,7 @@ def test_a_log_trimmed_past_an_open_event_is_a_loss() -> None:
 
 
 def test_a_service_that_began_later_is_not_asked_for_what_was_before() -> None:
-    books = reconcile(
-        [evidence(start=5, fated=[(5, 8)], counts={"done": 0, "skipped:where": 1})]
-    )
+    books = reconcile([evidence(start=5, fated=[(5, 8)], counts={"done": 0, "skipped:where": 1})])
     assert books.balanced
     assert books.services["billing"].accepted == 5
 
@@ -106,7 +104,9 @@ def test_a_service_that_began_later_is_not_asked_for_what_was_before() -> None:
 def histories(draw: st.DrawFn) -> tuple[Evidence, set[int]]:
     """A random true history, and then a random set of lost events hidden in the evidence."""
     end = draw(st.integers(0, 60))
-    states = [draw(st.sampled_from(["done", "skipped", "dead", "parked", "retrying", "removed", ""])) for _ in range(end)]
+    states = [
+        draw(st.sampled_from(["done", "skipped", "dead", "parked", "retrying", "removed", ""])) for _ in range(end)
+    ]
     fated, counts = Runs(), {"done": 0, "skipped:where": 0}
     listed, shelf, room = [], set(), set()
     lost = set()

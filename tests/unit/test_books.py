@@ -15,8 +15,7 @@ from unlost.errors import Damaged
 from unlost.ops.books import books, name_missing, verify
 from unlost.ops.connect import opened
 from unlost.sqlite.schema import POSITION_BITS
-from unlost.testing import running
-from unlost.testing.running import Running
+from unlost.testing import Running, running
 
 
 class OrderPlaced(Event, key="order_id"):
@@ -94,7 +93,7 @@ async def test_a_dead_letter_that_vanished_is_named() -> None:
 
 async def test_a_changed_event_is_found_by_verify_and_refused_by_readers() -> None:
     async with filled(shop()) as t:
-        await harm(t, "update unlost_log set data = '{\"order_id\":\"o1\",\"n\":9}' where at = 5")
+        await harm(t, 'update unlost_log set data = \'{"order_id":"o1","n":9}\' where at = 5')
         assert any("checksum" in problem for problem in verify(t.app.file))
         with pytest.raises(Damaged):
             await t.app.broker.read("order", 0, 0, 100)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +15,24 @@ import pytest
 from cli_kit import Shell
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    """A1: dead, with two behind it. A2: dead."""
-    shell = Shell(tmp_path)
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    shell = Shell(tmp_path_factory.mktemp("dead"))
     for key, total in (("A1", 0), ("A1", 1), ("A1", 2), ("A\x1b[31m2", 0)):
         shell.place(key, total, *(["id=first"] if (key, total) == ("A1", 0) else []))
     shell.handle_all()
     return shell
 
 
+@pytest.fixture
+def shell(prepared: Shell, tmp_path: Path) -> Shell:
+    """A1: dead, with two behind it. A2: dead."""
+    shutil.copytree(prepared.folder, tmp_path, dirs_exist_ok=True)
+    return Shell(tmp_path)
+
+
 def counts(shell: Shell) -> tuple[int, int, int, int, int]:
-    book = shell.ok("audit", "--json").json["services"][0]
+    book = shell.quick("audit", "--json").json["services"][0]
     return book["done"], book["dead"], book["parked"], book["retrying"], book["removed"]
 
 
@@ -37,23 +45,23 @@ def operations(shell: Shell) -> list[tuple[str, ...]]:
 
 def test_list_and_show(shell: Shell) -> None:
     assert counts(shell) == (0, 2, 2, 0, 0)
-    out = shell.ok("dead", "list").out
+    out = shell.quick("dead", "list").out
     assert "A\\x1b[31m2" in out and "2 dead, 2 more events behind them" in out and "cannot be \\x1b[31mpaid" in out
-    out = shell.ok("dead", "show", "first").out
+    out = shell.quick("dead", "show", "first").out
     for text in ("order.OrderPlaced", "handler charge", "rejected", "attempt 1", "2 events of its key", "order/3:0"):
         assert text in out, out
-    letter = shell.ok("dead", "show", "1", "--json").json["letters"][0]
+    letter = shell.quick("dead", "show", "1", "--json").json["letters"][0]
     assert letter["id"] == "first" and letter["history"][0]["number"] == 1
     assert list(letter) == [
         "number", "service", "handler", "topic", "partition", "position", "id", "source", "type", "key", "trace",
         "reason", "error_type", "error", "attempts", "parks", "parked_behind", "died", "recorded", "request", "stack",
         "history",
     ]  # fmt: skip
-    assert "(hidden" in shell.ok("dead", "show", "1", "--data").out
-    assert '"email":"***"' in shell.ok("dead", "show", "1", "--data", "--app", "shop").out
-    assert '"email":""' in shell.ok("dead", "show", "1", "--raw").out
-    assert len(shell.ok("dead", "list", "--key", "A1", "--service", "billing", "--json").json["letters"]) == 1
-    assert "the shelf is empty (for reason exhausted)" in shell.ok("dead", "list", "--reason-is", "exhausted").out
+    assert "(hidden" in shell.quick("dead", "show", "1", "--data").out
+    assert '"email":"***"' in shell.quick("dead", "show", "1", "--data", "--app", "shop").out
+    assert '"email":""' in shell.quick("dead", "show", "1", "--raw").out
+    assert len(shell.quick("dead", "list", "--key", "A1", "--service", "billing", "--json").json["letters"]) == 1
+    assert "the shelf is empty (for reason exhausted)" in shell.quick("dead", "list", "--reason-is", "exhausted").out
 
 
 def test_a_dry_run_changes_nothing(shell: Shell) -> None:
@@ -85,6 +93,20 @@ def test_redrive_while_a_process_runs(shell: Shell) -> None:
     assert "the shelf is empty" in shell.ok("dead", "list").out
 
 
+@pytest.mark.slow
+def test_what_the_owner_has_not_done_yet_is_incomplete(shell: Shell) -> None:
+    with shell.start("run", "shop") as running:
+        shell.until(lambda service: service["owned"] == 8)
+        running.process.send_signal(signal.SIGSTOP)
+        result = shell("dead", "discard", "first", "--yes")
+        assert result.code == 5 and "0 discarded" in result.out and "1 requested" in result.err, result
+        assert "(discard requested)" in shell.quick("dead", "list").out
+        running.process.send_signal(signal.SIGCONT)
+        running.says("charged A1\ncharged A1\n")
+        assert running.end() == 0
+    assert counts(shell) == (2, 1, 0, 0, 1)
+
+
 def on_a_terminal(shell: Shell, answer: str) -> tuple[int, str]:
     ours, theirs = pty.openpty()
     try:
@@ -114,9 +136,9 @@ def test_bad_input(shell: Shell) -> None:
         for arguments, code, exit_code in (
             ([], "UL1332", 2), (["--all", "1"], "UL1332", 2), (["99", "--yes"], "UL1336", 1),
             (["--key", "", "--yes"], "UL1336", 1), (["1"], "UL1333", 2), (["--reason-is", "x", "--yes"], "UL1335", 2),
-            (["1", "2"], "UL1300", 2), (["9" * 50, "--yes"], "UL1336", 1), (["-1", "--yes"], "UL1300", 2),
+            (["1", "2"], "UL1300", 2), (["9" * 50, "--yes"], "UL1336", 1), (["-1", "--yes"], "UL1336", 1),
         ):  # fmt: skip
-            result = shell("dead", action, *arguments)
+            result = shell.quick("dead", action, *arguments)
             assert (result.code, code in result.err) == (exit_code, True), (arguments, result)
     assert shell("dead", "show").code == 2
     assert shell("dead", "show", "nope").code == 1

@@ -26,29 +26,29 @@ def shell(tmp_path: Path) -> Shell:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_a_page_with_an_example(shell: Shell, command: str) -> None:
-    page = shell.ok(*command.split(), "--help").out
+    page = shell.quick(*command.split(), "--help").out
     assert f"Usage: unlost {command}" in page
     assert "Example" in page and f"unlost {command.split()[0]}" in page.split("Example", 1)[1]
     assert "Needs" in page, "it says whether it needs your code or only the broker"
     assert all(len(line) <= 80 for line in page.splitlines())
     assert "--json" in page
-    assert shell.ok(*command.split(), "-h").out == page
+    assert shell.quick(*command.split(), "-h").out == page
 
 
 def test_the_first_page_lists_them(shell: Shell) -> None:
     page = shell.ok().out
-    assert shell.ok("--help").out == page
+    assert shell.quick("--help").out == page
     for command in {c.split()[0] for c in COMMANDS}:
         assert f"│ {command} " in page
     assert "unlost demo" in page
     assert shell.ok("--version").out.strip() == __version__
     for noun in ("dead", "topic"):
-        assert "Commands" in shell.ok(noun).out
+        assert "Commands" in shell.quick(noun).out
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["dead", "nope"], ["topic", "list", "x"], ["--nope"], ["runn"], [""]])
 def test_unknown_words(shell: Shell, arguments: list[str]) -> None:
-    result = shell(*arguments)
+    result = shell.quick(*arguments)
     assert result.code == 2 and "UL1300" in result.err, result
 
 
@@ -68,6 +68,14 @@ def test_an_unforeseen_failure_is_short(
     found = capsys.readouterr()
     assert "Traceback" in found.err and "\x1b" not in found.err
     assert json.loads(found.out)["code"] == "UL9000"
+
+
+@pytest.mark.parametrize("arguments", [["--orders", "0"], ["--orders", "x"], ["--kill", "-1"], ["--seed", "x"]])
+def test_bad_numbers_for_the_demo(shell: Shell, arguments: list[str]) -> None:
+    before = sorted(shell.folder.iterdir())
+    result = shell.quick("demo", *arguments)
+    assert result.code == 2 and ("UL1337" in result.err or "UL1300" in result.err), result
+    assert sorted(shell.folder.iterdir()) == before
 
 
 def test_closed_streams(shell: Shell) -> None:

@@ -104,7 +104,7 @@ def test_the_ways_to_name_an_app(shell: Shell, name: str) -> None:
     shell.write("pkg/__init__.py", "")
     shell.write("pkg/other.py", "from unlost import App\nthe = App()\n")
     shell.write("pkg/main.py", "from .other import the as app\n")
-    result = shell("run", name, "--service", "nobody")
+    result = shell.quick("run", name, "--service", "nobody")
     assert result.code == 2
     assert "UL1237" in result.err or "UL1318" in result.err, result  # it was found
 
@@ -170,7 +170,7 @@ BAD = [
 def test_bad_apps_get_a_clear_error(shell: Shell, arguments: list[str], module: str | None, texts: list[str]) -> None:
     if module is not None:
         shell.write("bad.py", module + "\n")
-    result = shell(*arguments)
+    result = shell.quick(*arguments)
     assert result.code == 2, result
     for text in texts:
         assert text in result.err, result

@@ -22,36 +22,36 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 
 def test_the_last_20_oldest_first(shell: Shell) -> None:
-    lines = shell.ok("tail").out.splitlines()
+    lines = shell.quick("tail").out.splitlines()
     assert len(lines) == 20
     assert lines == sorted(lines, key=lambda line: line.split()[0])
-    assert len(shell.ok("tail", "-n", "3").out.splitlines()) == 3
-    assert shell.ok("tail", "-n", "0").out == ""
-    assert len(shell.ok("tail", "-n", "1000").out.splitlines()) == 42
+    assert len(shell.quick("tail", "-n", "3").out.splitlines()) == 3
+    assert shell.quick("tail", "-n", "0").out == ""
+    assert len(shell.quick("tail", "-n", "1000").out.splitlines()) == 42
 
 
 def test_from_start_is_the_whole_log_in_order(shell: Shell) -> None:
-    found = shell.ok("tail", "--from", "start", "--json").lines
+    found = shell.quick("tail", "--from", "start", "--json").lines
     assert len(found) == 42
     places: dict[tuple[str, int], list[int]] = {}
     for e in found:
         places.setdefault((e["topic"], e["partition"]), []).append(e["position"])
     assert all(positions == list(range(len(positions))) for positions in places.values())
-    assert shell.ok("tail", "--from", "start", "-n", "5", "--json").lines == found[:5]
-    assert shell.ok("tail", "--from", "2h", "--json").lines == found
-    assert shell.ok("tail", "--from", "2999-01-01").out == ""
+    assert shell.quick("tail", "--from", "start", "-n", "5", "--json").lines == found[:5]
+    assert shell.quick("tail", "--from", "2h", "--json").lines == found
+    assert shell.quick("tail", "--from", "2999-01-01").out == ""
 
 
 def test_filters(shell: Shell) -> None:
-    assert len(shell.ok("tail", "--key", "A1", "-n", "100").out.splitlines()) == 9
-    assert len(shell.ok("tail", "OrderShipped").out.splitlines()) == 1
-    assert len(shell.ok("tail", "order.OrderShipped", "--key", "A1", "--from", "start").out.splitlines()) == 1
-    nothing = shell.ok("tail", "Nope", "--key", "x")
+    assert len(shell.quick("tail", "--key", "A1", "-n", "100").out.splitlines()) == 9
+    assert len(shell.quick("tail", "OrderShipped").out.splitlines()) == 1
+    assert len(shell.quick("tail", "order.OrderShipped", "--key", "A1", "--from", "start").out.splitlines()) == 1
+    nothing = shell.quick("tail", "Nope", "--key", "x")
     assert nothing.out == "" and "no events Nope with key x" in nothing.err
 
 
 def test_the_schema(shell: Shell) -> None:
-    e = shell.ok("tail", "OrderShipped", "--json").lines[0]
+    e = shell.quick("tail", "OrderShipped", "--json").lines[0]
     assert list(e) == [
         "schema", "topic", "partition", "position", "recorded", "key", "id", "source", "type", "version", "time",
         "correlationid", "causationid", "traceparent",
@@ -60,19 +60,19 @@ def test_the_schema(shell: Shell) -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal(shell: Shell) -> None:
-    line = shell.ok("tail", "-n", "1", "--raw").out  # the shell itself refuses any escape character
+    line = shell.quick("tail", "-n", "1", "--raw").out  # the shell itself refuses any escape character
     assert "A\\x1b]0;title\\x07\\u202e" in line
-    assert shell.ok("tail", "-n", "1", "--json").lines[0]["key"] == "A\x1b]0;title\x07\u202e"
+    assert shell.quick("tail", "-n", "1", "--json").lines[0]["key"] == "A\x1b]0;title\x07\u202e"
 
 
 def test_data_are_shown_only_as_far_as_the_code_allows(shell: Shell) -> None:
-    assert "s3cret" not in shell.ok("tail", "--from", "start").out
-    hidden = shell.ok("tail", "--from", "start", "--data").out
+    assert "s3cret" not in shell.quick("tail", "--from", "start").out
+    hidden = shell.quick("tail", "--from", "start", "--data").out
     assert "s3cret" not in hidden and "(hidden: your code has no class for it; --raw shows it)" in hidden
-    redacted = shell.ok("tail", "--from", "start", "--data", "--app", "shop").out
+    redacted = shell.quick("tail", "--from", "start", "--data", "--app", "shop").out
     assert '"email":"***"' in redacted and '"total_cents":39' in redacted and "s3cret" not in redacted
-    assert "s3cret" not in shell.ok("tail", "--from", "start", "--data", "--json", UNLOST_APP="shop").out
-    assert "s3cret" in shell.ok("tail", "--from", "start", "--raw").out
+    assert "s3cret" not in shell.quick("tail", "--from", "start", "--data", "--json", UNLOST_APP="shop").out
+    assert "s3cret" in shell.quick("tail", "--from", "start", "--raw").out
 
 
 def test_a_view_shows_only_what_it_knows(shell: Shell) -> None:
@@ -85,7 +85,7 @@ def test_a_view_shows_only_what_it_knows(shell: Shell) -> None:
         app = App()
         """,
     )
-    out = shell.ok("tail", "OrderPlaced", "--data", "--app", "views").out
+    out = shell.quick("tail", "OrderPlaced", "--data", "--app", "views").out
     assert '"total_cents":39' in out and '"email":"***"' in out and "s3cret" not in out
 
 
@@ -135,5 +135,5 @@ def test_ctrl_c_while_it_starts(shell: Shell) -> None:
     ],
 )  # fmt: skip
 def test_bad_input(shell: Shell, arguments: list[str], code: str) -> None:
-    result = shell("tail", *arguments)
+    result = shell.quick("tail", *arguments)
     assert result.code == 2 and code in result.err, result

@@ -128,12 +128,10 @@ async def test_what_else_was_in_hand_when_a_process_died_is_delivered_again_one_
 
     async with running(App(service)) as t:
         await t.publish_all([Placed(order_id=f"o{n}", n=n) for n in range(8)])
-        while together < 8:
-            await asyncio.sleep(0.002)
+        await t.until(lambda: together == 8)
         process = t._processes["s"][0]
         process.die()
-        while together:
-            await asyncio.sleep(0.002)
+        await t.until(lambda: together == 0)
         first.set()
         most = 0
         await t.settled()
@@ -180,8 +178,7 @@ async def test_an_owner_that_slept_through_its_replacement_writes_nothing() -> N
         taken = await app.store.take(units)
         assert {x.epoch for x in taken} == {2}
         release.set()
-        while sleeper.owned and any(o.epoch == 1 for o in sleeper.owned.values()):
-            await asyncio.sleep(0.005)
+        await t.until(lambda: all(o.epoch != 1 for o in sleeper.owned.values()))
         await t.settled()  # it joined anew and took the units back: as a new owner
         assert runs == [0, 0]
         assert [e.n for e in t.published(Billed)] == [2], "what it had decided as the old owner is void"
@@ -291,7 +288,11 @@ def test_a_terminated_process_gives_back_and_another_goes_on(tmp_path: Path) -> 
 def test_the_program_above_prints_nothing_odd(tmp_path: Path) -> None:
     """A worker that starts and stops at once leaves in peace."""
     script = tmp_path / "program.py"
-    script.write_text(PROGRAM.replace("await app.serve()", "app.stop(); task = asyncio.create_task(app.serve(ready=app.stop)); await task"))
+    script.write_text(
+        PROGRAM.replace(
+            "await app.serve()", "app.stop(); task = asyncio.create_task(app.serve(ready=app.stop)); await task"
+        )
+    )
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), "serve"], capture_output=True, text=True, timeout=30, check=False
     )

@@ -94,12 +94,10 @@ async def test_a_handler_that_never_gives_in_does_not_keep_the_service_from_stop
     async with running(app_of(service), check_books=False) as t:
         await t.publish(Placed(order_id="a"))
         worker = t._workers()[0]
-        while not any(run._delivery for run in worker._running.values()):
-            await asyncio.sleep(0.002)
+        await t.until(lambda: any(run._delivery for run in worker._running.values()))
         await asyncio.wait_for(worker.stop(grace=0.1), 10)
         over.set()
-        while len(asyncio.all_tasks()) > 2:
-            await asyncio.sleep(0.01)
+        await t.until(lambda: len(asyncio.all_tasks()) <= 2)
         assert t.books.unaccounted == 0
         assert t.books.services["s"].done == 0
 
@@ -214,8 +212,7 @@ async def test_a_hanging_sync_handler_fails_at_its_deadline_and_can_write_nothin
         await t.settled()
         assert t.books.services["s"].done == 1
         release.set()
-        while len(late) < 2:
-            await asyncio.sleep(0.005)
+        await t.until(lambda: len(late) == 2)
         assert late == ["UL1222", "UL1222"]
         assert len(t.published(Placed)) == 1
 
@@ -295,8 +292,7 @@ async def test_deadlines_hold_in_real_time_too() -> None:
         task = asyncio.create_task(worker.run())
         await t.publish(Placed(order_id="a"))
         begin = time.monotonic()
-        while not t.dead_letters():
-            await asyncio.sleep(0.01)
+        await t.until(t.dead_letters)
         assert 0.4 <= time.monotonic() - begin < 10
         await worker.stop()
         await task

@@ -213,8 +213,7 @@ async def test_serve_can_be_stopped_at_any_moment(tmp_path: Path) -> None:
             task = asyncio.create_task(app.serve(ready=app.stop if turns == 0 else None))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            while app._stop is None or (app._stop.is_set() and not task.done()):
-                await asyncio.sleep(0)
+            await until(lambda task=task: task.done() or (app._stop is not None and not app._stop.is_set()))
             app.stop()
             await asyncio.wait_for(task, 10)
         task = asyncio.create_task(app.serve())
@@ -331,7 +330,7 @@ def test_two_apps_in_two_threads_share_a_service(tmp_path: Path) -> None:
             async with app:
                 task = asyncio.create_task(app.serve())
                 await until(lambda: app._workers and len(app._workers[0].owned) == 4)
-                ready.wait(20)
+                await asyncio.to_thread(ready.wait, 20)
                 for n in range(100):
                     await app.publish(Placed(order_id=f"{name}{n % 10}", n=n))
                 await until(lambda: len(seen) >= 200)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -18,7 +19,7 @@ class Placed(Event, key="order_id", topic="order"):
 
 
 def waits(t: Running, times: list[int]) -> list[float]:
-    return [(b - a) / 1e6 for a, b in zip(times, times[1:], strict=False)]
+    return [(b - a) / 1e6 for a, b in itertools.pairwise(times)]
 
 
 async def test_backoff_grows_by_the_factor_up_to_the_maximum() -> None:
@@ -98,8 +99,7 @@ async def test_a_long_wait_lets_the_position_move_on_and_is_in_the_books_as_retr
         def book():
             return t.books.services["s"]
 
-        while not (book().retrying == 1 and book().done == 50):
-            await asyncio.sleep(0.005)
+        await t.until(lambda: book().retrying == 1 and book().done == 50)
         assert t.app.file.read(
             lambda c: c.execute("select count(*) from unlost_waiting where due is not null").fetchone()
         ) == (1,)
@@ -143,11 +143,9 @@ async def test_events_that_arrive_behind_a_waiting_one_wait_too() -> None:
 
     async with running(app) as t:
         await t.publish(Placed(order_id="a", n=0))
-        while t.books.services["s"].retrying != 1:
-            await asyncio.sleep(0.005)
+        await t.until(lambda: t.books.services["s"].retrying == 1)
         await t.publish_all([Placed(order_id="a", n=n) for n in range(1, 200)])  # more than one read of waiting rows
-        while t.books.services["s"].parked != 199:
-            await asyncio.sleep(0.005)
+        await t.until(lambda: t.books.services["s"].parked == 199)
         await t.settled()
     assert seen == list(range(200))
 

@@ -199,7 +199,7 @@ async def test_undecodable_bytes_go_to_the_shelf_with_their_bytes(data: bytes | 
 
 
 async def test_a_head_that_is_no_event_goes_to_the_shelf_and_survives_a_redrive() -> None:
-    app, service, seen, _ = service_that_fails("park")
+    app, _service, seen, _ = service_that_fails("park")
     async with running(app) as t:
         await publish(t, 1)
         await t.settled()
@@ -210,7 +210,7 @@ async def test_a_head_that_is_no_event_goes_to_the_shelf_and_survives_a_redrive(
             [appended] = tx.append([raw(1)])
             tx.flush()
             at = tx.topic("order").first_number + appended.partition << 40 | appended.position
-            _, key, data, recorded, digest = tx.one(
+            _, key, data, recorded, _digest = tx.one(
                 "select head, key, data, recorded, digest from unlost_log where at = ?", (at,)
             )
             head = b"\x00garbage"

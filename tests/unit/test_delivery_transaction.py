@@ -343,8 +343,7 @@ async def test_a_retry_at_once_never_overtakes_the_record_of_the_attempt_before(
 
     async with running(App(service, schema=schema)) as t:
         await t.publish_all([Placed(order_id=f"o{n}", n=n) for n in range(100)])
-        while t.books.services["s"].retrying < 100:
-            await asyncio.sleep(0.005)
+        await t.until(lambda: t.books.services["s"].retrying == 100)
         again["on"] = False
         await t.settled(30)
         assert sorted(n for _, n in t.db(ALL)) == list(range(100))

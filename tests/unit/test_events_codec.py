@@ -77,9 +77,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
         eventversion=draw(st.integers(1, 2**31 - 1)),
         publisher=draw(optional),
         number=draw(st.none() | st.integers(0, 2**63 - 1)),
-        extensions=draw(
-            st.dictionaries(names, texts | st.integers(-(2**31), 2**31 - 1) | st.booleans(), max_size=3)
-        ),
+        extensions=draw(st.dictionaries(names, texts | st.integers(-(2**31), 2**31 - 1) | st.booleans(), max_size=3)),
         headers=draw(st.dictionaries(user_names, texts, max_size=3)),
     )
 
@@ -102,9 +100,7 @@ def test_json_comes_back(e: Envelope) -> None:
 def test_headers_come_back(e: Envelope) -> None:
     as_text = {n: str(v).lower() if isinstance(v, bool) else str(v) for n, v in e.extensions.items()}
     headers, value = to_headers(e)
-    assert from_headers(headers, value, topic="t", key=e.key) == msgspec.structs.replace(
-        e, extensions=as_text
-    )
+    assert from_headers(headers, value, topic="t", key=e.key) == msgspec.structs.replace(e, extensions=as_text)
 
 
 def test_the_head_is_compact_and_names_attributes_as_cloudevents_does() -> None:
@@ -162,9 +158,7 @@ def test_we_read_the_sdks_json() -> None:
     assert msgspec.structs.replace(again, data=e.data, time=e.time) == e
     theirs = CloudEvent({"type": "t", "source": "/s", "id": "1", "datacontenttype": "application/x"}, b"\xff")
     assert from_json(JSONFormat().write(theirs), topic="t").data == b"\xff"
-    words = CloudEvent(
-        {"type": "t", "source": "/s", "id": "1", "datacontenttype": "text/plain"}, "plain words"
-    )
+    words = CloudEvent({"type": "t", "source": "/s", "id": "1", "datacontenttype": "text/plain"}, "plain words")
     assert from_json(JSONFormat().write(words), topic="t").data == b"plain words"
 
 
@@ -179,9 +173,7 @@ def test_we_read_the_sdks_kafka_messages() -> None:
     theirs = JSONFormat().read(None, to_json(sample(headers={})))
     for message in (kafka.to_binary_event(theirs), kafka.to_structured_event(theirs)):
         assert isinstance(message.key, str)
-        got = from_headers(
-            list(message.headers.items()), message.value, topic="order", key=message.key.encode()
-        )
+        got = from_headers(list(message.headers.items()), message.value, topic="order", key=message.key.encode())
         agrees(theirs, got)
         assert got.data is not None and json.loads(got.data) == {"order_id": "Ä1", "total_cents": 5}
         assert (got.number, got.eventversion, got.key) == (2**40, 2, "Ä1".encode())
@@ -330,9 +322,7 @@ known = [
     "recordedtime",
     "partitionkey",
 ]
-hostile_members = st.dictionaries(
-    st.sampled_from([*MINIMAL, *known]) | st.text(), json_values | texts, max_size=4
-)
+hostile_members = st.dictionaries(st.sampled_from([*MINIMAL, *known]) | st.text(), json_values | texts, max_size=4)
 
 
 def only_undecodable(reader: Any) -> None:
@@ -356,14 +346,9 @@ def test_hostile_json(members: dict[str, Any] | None, junk: bytes) -> None:
     only_undecodable(lambda: decode_head(raw, topic="t", key=None, data=junk))
 
 
-header_names = (
-    st.sampled_from([*(f"ce_{name}" for name in [*MINIMAL, *known]), "content-type", "CE_ID"]) | st.text()
-)
+header_names = st.sampled_from([*(f"ce_{name}" for name in [*MINIMAL, *known]), "content-type", "CE_ID"]) | st.text()
 header_values = (
-    st.none()
-    | st.binary()
-    | texts.map(str.encode)
-    | st.sampled_from([b"application/cloudevents+json", b"9" * 5000])
+    st.none() | st.binary() | texts.map(str.encode) | st.sampled_from([b"application/cloudevents+json", b"9" * 5000])
 )
 
 
@@ -373,9 +358,7 @@ header_values = (
     st.none() | st.binary(),
     st.none() | st.binary(),
 )
-def test_hostile_headers(
-    more: list[tuple[str, bytes | None]], value: bytes | None, key: bytes | None
-) -> None:
+def test_hostile_headers(more: list[tuple[str, bytes | None]], value: bytes | None, key: bytes | None) -> None:
     said = {name for name, _ in more}
     base = [(f"ce_{n}", v.encode()) for n, v in MINIMAL.items() if f"ce_{n}" not in said]
     only_undecodable(lambda: from_headers([*base, *more], value, topic="t", key=key))

@@ -143,9 +143,7 @@ def test_what_is_refused_names_the_way_out() -> None:
         refused("UL1004", "A", {"a": str}, key="a", **struct)
 
 
-@pytest.mark.parametrize(
-    "name", ["", " ", "a b", "ä", "x" * 201, "a/b", "a\n", "__x", "unlost.x", ".", "..", 7]
-)
+@pytest.mark.parametrize("name", ["", " ", "a b", "ä", "x" * 201, "a/b", "a\n", "__x", "unlost.x", ".", "..", 7])
 def test_names_are_checked(name: Any) -> None:
     if name != "":
         refused("UL1001", "A", {"a": str}, topic=name)

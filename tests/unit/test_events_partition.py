@@ -29,9 +29,7 @@ def test_known_values(key: bytes, signed: int) -> None:
 
 def test_as_librdkafka_does() -> None:
     chance = random.Random(7)
-    keys = [chance.randbytes(chance.randrange(1, 40)) for _ in range(300)] + [
-        f"order-{n}".encode() for n in range(100)
-    ]
+    keys = [chance.randbytes(chance.randrange(1, 40)) for _ in range(300)] + [f"order-{n}".encode() for n in range(100)]
     found: dict[bytes, int] = {}
 
     def delivered(error: object, message: object) -> None:

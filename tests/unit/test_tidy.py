@@ -90,7 +90,11 @@ def test_every_error_code_means_one_thing() -> None:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             first = node.args[0]
-            if isinstance(first, ast.Constant) and isinstance(first.value, str) and re.fullmatch(r"UL\d{4}", first.value):
+            if (
+                isinstance(first, ast.Constant)
+                and isinstance(first.value, str)
+                and re.fullmatch(r"UL\d{4}", first.value)
+            ):
                 texts.setdefault(first.value, set()).add(type(node.func).__name__)
     assert texts, "no codes found: the pattern is wrong"
     assert all(re.fullmatch(r"UL[1-9]\d{3}", code) for code in texts)

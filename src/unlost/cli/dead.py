@@ -11,11 +11,10 @@ from typing import Annotated, Any, get_args
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, shown_bytes, span, url_of
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, shown_bytes, span
 from unlost.cli.say import bold, clean, clean_lines, dim, key_text, note, out, print_json, warn
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, decode_head
-from unlost.ops.connect import opened
 from unlost.ops.load import load
 from unlost.ops.publish import shown_data
 from unlost.ops.shelf import Action, Asked, ask, letters
@@ -59,7 +58,7 @@ def dead_list(
     - `unlost dead list --service billing`
     - `unlost dead list --reason-is rejected --json`
     """
-    with opened(url_of(app, broker)) as file:
+    with looking(app, broker) as file:
         found = _find(file, None, key, service, reason_is)
         path = file.path
     if json:
@@ -102,19 +101,18 @@ def dead_show(
     - `unlost dead show 3`
     - `unlost dead show 3 --data --app hello`
     """
-    url = url_of(app, broker)
     if data and app is None and config.setting("app").value:
         load()
-    with opened(url) as file:
-        found = _find(file, which, None, None, None)
     show = "raw" if raw else "data" if data else "none"
-    if json:
-        print_json("dead/1", {"letters": [_letter_json(letter, show, whole=True) for letter in found]})
-        return 0 if found else 1
-    if not found:
-        raise _none(which)
-    for letter in found:
-        _print_letter(letter, show)
+    with looking(app, broker) as file:
+        found = _find(file, which, None, None, None)
+        if json:
+            print_json("dead/1", {"letters": [_letter_json(letter, show, whole=True) for letter in found]})
+            return 0 if found else 1
+        if not found:
+            raise _none(which)
+        for letter in found:
+            _print_letter(letter, show)
     return 0
 
 
@@ -146,9 +144,7 @@ def redrive(
     - `unlost dead redrive 3 --reason "card service is back"`
     - `unlost dead redrive --service billing --reason-is exhausted --dry-run`
     """
-    return _act(
-        "redrive", which, key, service, reason_is, all, dry_run, reason, yes, operator, url_of(app, broker), json
-    )
+    return _act("redrive", which, key, service, reason_is, all, dry_run, reason, yes, operator, app, broker, json)
 
 
 def discard(
@@ -178,9 +174,7 @@ def discard(
     - `unlost dead discard 3 --reason "test order"`
     - `unlost dead discard --key A1 --dry-run`
     """
-    return _act(
-        "discard", which, key, service, reason_is, all, dry_run, reason, yes, operator, url_of(app, broker), json
-    )
+    return _act("discard", which, key, service, reason_is, all, dry_run, reason, yes, operator, app, broker, json)
 
 
 def _act(
@@ -194,6 +188,7 @@ def _act(
     reason: str,
     yes: bool,
     operator: str | None,
+    app: str | None,
     broker: str | None,
     json: bool,
 ) -> int:
@@ -204,7 +199,7 @@ def _act(
             fix=f"unlost dead {action} NUMBER, --key, --service, --reason-is, or --all; look first: unlost dead list",
         )  # fmt: skip
     who = operator or _login()
-    with opened(broker) as file:
+    with looking(app, broker) as file:
         found = _find(file, which, key, service, reason_is)
         if not found:
             if json:

@@ -10,11 +10,10 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost.audit import Book, Books, reconcile
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, span, url_of
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, span
 from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
 from unlost.errors import Damaged, UsageError
 from unlost.ops import books as ledger
-from unlost.ops.connect import opened
 from unlost.ops.settings import hide_secrets, settings
 from unlost.ops.status import ServiceStatus
 from unlost.ops.status import status as look_at
@@ -35,7 +34,7 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
     - `unlost status`
     - `unlost status --json | jq '.services[] | select(.dead > 0)'`
     """
-    with opened(url_of(app, broker)) as file:
+    with looking(app, broker) as file:
         found = look_at(file)
     now = REAL.now()
     if json:
@@ -109,7 +108,7 @@ def audit(
     - `unlost audit --verify` also reads and checks every stored event
     - `unlost audit --json | jq .unaccounted`
     """
-    with opened(url_of(app, broker)) as file:
+    with looking(app, broker) as file:
         evidence = file.read(lambda c: ledger.gather(file, c))
         known = {e.service for e in evidence}
         unknown = [name for name in service or () if name not in known]
@@ -173,7 +172,7 @@ def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = Fals
 
     - `unlost topic list`
     """
-    with opened(url_of(app, broker)) as file:
+    with looking(app, broker) as file:
         found = topics(file)
         path = file.path
     if json:

@@ -19,6 +19,8 @@ EXAMPLE = """\
 - `unlost demo` runs a shop on real orders, kills it, and balances the books.
 - `unlost run hello` runs the App that hello.py makes.
 - `unlost COMMAND --help` explains a command, with examples.
+
+Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 a loss was found, 4 broker unreachable, 5 incomplete, 130 interrupted.
 """
 
 
@@ -119,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(tokens: list[str], as_json: bool) -> int:
     try:
+        _check_text(tokens)
         result = commands(tokens)(tokens)
     except UnlostError as e:
         print_error(e, as_json=as_json)
@@ -131,6 +134,14 @@ def _run(tokens: list[str], as_json: bool) -> int:
     except BaseException as e:
         return _unexpected(e, as_json)
     return result if isinstance(result, int) else 0
+
+
+def _check_text(tokens: list[str]) -> None:
+    for token in tokens:
+        try:
+            token.encode()
+        except UnicodeEncodeError:
+            raise UsageError("UL1339", "what is typed must be UTF-8 text", found=ascii(token)[:100]) from None
 
 
 def _usage(e: cyclopts.CycloptsError) -> UsageError:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 from cyclopts import Parameter
+
+from unlost.errors import Damaged
+
+if TYPE_CHECKING:
+    from unlost.sqlite.file import File
 
 AppName = Annotated[
     str | None,
@@ -29,6 +36,25 @@ def url_of(app: str | None, broker: str | None) -> str | None:
 
     loaded = load(app)  # also without need of its URL: whoever names an App wants it imported
     return broker if broker is not None else loaded.app._url
+
+
+@contextmanager
+def looking(app: str | None, broker: str | None) -> Iterator[File]:
+    """The broker's file, for commands that only look. What is stored in it and cannot be understood is damage.
+
+    Raises:
+        Damaged: a row is not as unlost writes it.
+    """
+    from unlost.ops.connect import opened
+
+    with opened(url_of(app, broker)) as file:
+        try:
+            yield file
+        except (LookupError, TypeError, ValueError, OverflowError, msgspec.MsgspecError) as e:
+            raise Damaged(
+                "UL3011", f"{file.path} holds something that cannot be understood", found=f"{type(e).__name__}: {e}",
+                fix="stop all processes, keep a copy of the folder, and restore the newest good copy",
+            ) from e  # fmt: skip
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: str) -> list[str]:

@@ -11,10 +11,9 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, JsonLines, shown_bytes, url_of
+from unlost.cli.options import AppName, BrokerUrl, JsonLines, looking, shown_bytes
 from unlost.cli.say import clean, dim, key_text, note, out, print_json
 from unlost.errors import UsageError
-from unlost.ops.connect import opened
 from unlost.ops.load import load
 from unlost.ops.publish import shown_data
 from unlost.ops.tail import Seen, Tail, moment
@@ -64,10 +63,9 @@ def tail(
         raise UsageError("UL1330", "a limit is not negative", found=str(limit))
     since = None if from_ is None else moment(from_)
     show = "raw" if raw else "data" if data else "none"
-    url = url_of(app, broker)
     if show == "data" and app is None and config.setting("app").value:
         load()
-    with opened(url) as file:
+    with looking(app, broker) as file:
         source = Tail(file, type=type, key=key)
         shown = 0
         try:

@@ -74,7 +74,6 @@ class Lane:
         "loaded",
         "owned",
         "position",
-        "put",
         "queue",
         "ready",
         "running",
@@ -91,7 +90,6 @@ class Lane:
         self.stored = False  # the waiting room has events of this lane
         self.blocked = False
         self.due: int | None = None
-        self.put = 0  # the settler's number of its last outcome
         self.ready = False
         self.running = False
         self.sleeping = False
@@ -120,7 +118,7 @@ class Lane:
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "put", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -135,6 +133,7 @@ class Owned:
         self.running = 0
         self.sleeping = 0
         self.paused = False
+        self.put = 0  # the settler's number of the last outcome; here, because a lane without events is dropped
         self.draining = False  # on its way to another member
         self.gone = False
 

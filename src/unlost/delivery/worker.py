@@ -138,7 +138,7 @@ class Worker:
                 error,
                 len(d.attempts) + 1,
                 handler.retry,
-                now=self.world.now(),
+                now=self.world.steady(),
                 chance=self.world.random.random(),
             )
         self._settle(d, fate, error, ctx)
@@ -259,7 +259,7 @@ class Worker:
         lane, owned = d.lane, d.lane.owned
         if error is not None and fate.spends_attempt:
             d.attempts = outcome.attempts = self._with_attempt(d, error)
-        wait = (fate.due - self.world.now()) / 1e6
+        wait = (fate.due - self.world.steady()) / 1e6
         if error is not None:
             log.warning("%s %s:%d attempt %d failed, next in %.1f s: %s", self.service.name, owned.unit.topic,
                         d.position, len(d.attempts), wait, describe(error))  # fmt: skip
@@ -594,7 +594,7 @@ class Worker:
         self._put(d.lane, Outcome(arrival=d.arrival, state="parked", event_hash=d.event_hash, attempts=d.attempts))
 
     def _put(self, lane: Lane, outcome: Outcome) -> None:
-        lane.put = self._settler.put(lane.owned, outcome)
+        lane.owned.put = self._settler.put(lane.owned, outcome)
 
     # --- after settling ----------------------------------------------------------------------------------
 
@@ -660,7 +660,7 @@ class Worker:
         """Wakes lanes whose time has come: the one clock for retries in memory and in the waiting room."""
         while True:
             self._timer_set.clear()
-            now = self.world.now()
+            now = self.world.steady()
             while self._timers and self._timers[0][0] <= now:
                 due, _, lane = heapq.heappop(self._timers)
                 if lane.owned.gone or lane.due != due:
@@ -878,7 +878,7 @@ class _DeliveryUnit:
     async def before_block(self) -> None:
         """The key's earlier outcomes first: a block that overtook them would break the order of what they publish,
         and could find its own event's last attempt still on its way."""
-        await self._worker._settler.flush(self._d.lane.put)
+        await self._worker._settler.flush(self._d.lane.owned.put)
 
     def open_block(
         self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Iterable, Sequence
-from datetime import date
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from importlib import resources
 from typing import NamedTuple
 
 from unlost.demo.shop import OrderPlaced
+from unlost.events import Envelope, seal
+from unlost.world import REAL
 
 
 class Order(NamedTuple):
@@ -23,10 +25,13 @@ class Order(NamedTuple):
     def id(self) -> str:
         return f"order-{self.number:05d}"
 
-    def placed(self) -> OrderPlaced:
-        return OrderPlaced(
+    def placed(self) -> Envelope:
+        """What the web front publishes. Its id follows from the order, so publishing it twice is at most a duplicate."""
+        event = OrderPlaced(
             customer_id=self.customer_id, order_id=self.id, ordered_on=self.day, items=self.items, total_cents=self.cents
         )  # fmt: skip
+        when = datetime.combine(self.day, time(), UTC)
+        return seal(event, source="web", id=f"{self.id}-placed", occurred_at=when, now=REAL.now())
 
 
 def read_orders(limit: int | None = None) -> list[Order]:

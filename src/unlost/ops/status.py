@@ -166,7 +166,8 @@ def _advice(s: ServiceStatus) -> list[str]:
         for p in s.processes
         if p.hung
     ]
-    if not s.alive and s.waiting + s.in_flight + s.retrying + s.requested:
+    todo = s.waiting + s.in_flight + s.retrying + s.requested
+    if not s.alive and (todo or s.next_retry is not None):
         lines.append(f"nobody runs it: unlost run --service {s.name}")
     if s.dead:
         behind = f" ({s.parked} more wait behind them)" if s.parked else ""

@@ -39,7 +39,7 @@ class Tail:
     def __init__(self, file: File, *, type: str | None = None, key: str | None = None) -> None:
         self._file = file
         self._type = type
-        self._key = None if key is None else key.encode("utf-8", "surrogateescape")
+        self._key = None if key is None else key.encode()
         self._numbers: dict[Place, int] = {}
         self._next: dict[Place, int] = {}
         self._known: set[str] = set()

@@ -100,14 +100,15 @@ class File:
         self._submitting = threading.Lock()
         self._lock_fd = guards.open_lock(self.path.with_suffix(".lock"))
         self._connections: list[apsw.Connection] = []
+        guards.protect(self.path)  # before it is open: another thread may be opening it as well
         try:
             self._open(check_tail)
         except BaseException:  # a refused file is let go at once, or the next attempt would find it in use
             for connection in self._connections:
                 connection.close(True)
             os.close(self._lock_fd)
+            guards.unprotect(self.path)
             raise
-        guards.protect(self.path)
         self._bell = Bell(self.path, self.process_id)
         self._thread = threading.Thread(target=self._write_loop, name="unlost-writer", daemon=True)
         self._thread.start()

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -42,6 +43,7 @@ _NETWORK = (
 )
 
 _protected: dict[str, int] = {}
+_protecting = threading.Lock()
 inherited: set[str] = set()  # files that the parent process had open when it forked
 
 
@@ -243,17 +245,18 @@ def explained(path: Path) -> Iterator[None]:
 
 def protect(path: Path) -> None:
     """From now on Python's own sqlite3 may not open this file in this process: two libraries would corrupt it."""
-    if not _protected:
+    with _protecting:
         _install_hook()
-    _protected[str(path)] = _protected.get(str(path), 0) + 1
+        _protected[str(path)] = _protected.get(str(path), 0) + 1
 
 
 def unprotect(path: Path) -> None:
-    left = _protected.get(str(path), 0) - 1
-    if left > 0:
-        _protected[str(path)] = left
-    else:
-        _protected.pop(str(path), None)
+    with _protecting:
+        left = _protected.get(str(path), 0) - 1
+        if left > 0:
+            _protected[str(path)] = left
+        else:
+            _protected.pop(str(path), None)
 
 
 def after_fork() -> UnlostError:
@@ -286,7 +289,7 @@ def _install_hook() -> None:
             if name.startswith("file:"):
                 parts = urlsplit(name)
                 name = unquote(parts.path)
-            for path in _protected:
+            for path in tuple(_protected):
                 with contextlib.suppress(OSError, ValueError):
                     if Path(name).samefile(path):
                         raise second_library(Path(path), "sqlite3.connect()")

@@ -6,6 +6,7 @@ Every function that writes takes the open `Transaction`, so that whatever belong
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -58,7 +59,7 @@ class SqliteStore:
             if row is None:
                 tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
             elif row[0] != text:
-                _check_policy(tx, service, _json.decode(row[0]), policy)
+                _check_policy(tx, self.file.run_folder, service, _json.decode(row[0]), policy)
                 tx.execute("update unlost_service set policy = ? where name = ?", (text, service))
             for topic in topics:
                 _pin(tx, service, topic)
@@ -132,6 +133,8 @@ class SqliteStore:
             return
         if not o.waited and position in progress.fated:
             invariant(False, f"{unit}:{position} is settled twice")
+        if o.waited:
+            invariant(_waits(tx, unit, position), f"{unit}:{position} is settled twice: it does not wait any more")
         if o.inbox is not None and not _enter_inbox(tx, unit.service, o.inbox):
             _as_repeated(tx, unit.service, o, o.inbox)
         if o.publishes:
@@ -266,7 +269,7 @@ def stored_arrival(
         return Arrival(position, None, recorded, head, key, data, str(e))
 
 
-def _check_policy(tx: Transaction, service: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _check_policy(tx: Transaction, processes: Path, service: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Old and new releases of a service may run side by side, but not with another order policy."""
     if old["on_dead"] == new["on_dead"]:
         return
@@ -275,6 +278,7 @@ def _check_policy(tx: Transaction, service: str, old: dict[str, Any], new: dict[
         for row in tx.execute(
             "select distinct owner from unlost_progress where service = ? and owner is not null", (service,)
         )
+        if examine(processes, row[0]).alive  # a dead one left its name behind
     ]
     if running:
         raise UsageError(
@@ -403,6 +407,11 @@ def id_reused(handler: str, inbox: Inbox) -> Death:
         handler=handler, reason="id_reused", error_type="IdReused", parks=False,
         error=f"another event with the id {inbox.id!r} of {inbox.source!r} was handled before; this one differs from it",
     )  # fmt: skip
+
+
+def _waits(tx: Transaction, unit: Unit, position: int) -> bool:
+    sql = "select 1 from unlost_waiting where service = ? and topic = ? and partition = ? and position = ?"
+    return tx.one(sql, (*unit, position)) is not None
 
 
 def _wait(tx: Transaction, unit: Unit, o: Outcome) -> None:

@@ -24,6 +24,9 @@ class VirtualWorld(World):
     def now(self) -> int:
         return self._now
 
+    def steady(self) -> int:
+        return self._now
+
     def monotonic(self) -> float:
         return (self._now - self._began) / 1e6
 

@@ -20,7 +20,8 @@ import msgspec
 from unlost.brokers.connect import connect
 from unlost.brokers.port import Broker
 from unlost.errors import UnlostError
-from unlost.events import Envelope
+from unlost.events import Envelope, encode_head
+from unlost.events.topic import Arrival
 from unlost.world import REAL, new_id, rfc3339
 
 SCENARIO_SECONDS = 60.0  # a scenario that takes longer has hung
@@ -92,7 +93,7 @@ def scenario(into: list[Scenario[C]], needs: str = "") -> Callable[[Callable[[C]
 
     def register(run: Callable[[C], Awaitable[None]]) -> Scenario[C]:
         promise = " ".join((run.__doc__ or "").split())
-        made = Scenario(run.__name__, promise, needs, run)  # type: ignore[attr-defined]
+        made = Scenario(run.__name__, promise, needs, run)
         into.append(made)
         return made
 
@@ -246,3 +247,8 @@ def envelope(topic: str, key: bytes | None = b"key", data: bytes | None = b"{}",
     """A small event of its own identity."""
     given = {"id": new_id(), "source": "conformance", "type": "test.Happened", "time": rfc3339(REAL.now())} | attributes
     return Envelope(topic=topic, key=key, data=data, **given)
+
+
+def arrival_of(event: Envelope, position: int) -> Arrival:
+    """The event as a broker would hand it over."""
+    return Arrival(position, event, REAL.now(), encode_head(event), event.key, event.data)

@@ -351,14 +351,14 @@ async def another_number_of_partitions(c: BrokerCase) -> None:
     old, new = Topic(c.name("topic"), partitions=3), Topic(c.name("topic"), partitions=2)
     (before,) = await one.declare([old])
     for broker in (one, two):
-        await refused(
-            broker.declare([new, Topic(old.name, partitions=4)]), UsageError, "another number of partitions"
-        )
+        await refused(broker.declare([new, Topic(old.name, partitions=4)]), UsageError, "another number of partitions")
     topics = {t.name: t for t in await two.topics()}
     same((topics[old.name].id, topics[old.name].partitions), (before.id, 3), "the topic that existed")
     expect(new.name not in topics, "nothing else of a refused declaration is done")
     for partitions in (0, -1, 1_000_000):
-        await refused(one.declare([Topic(c.name("topic"), partitions=partitions)]), UsageError, f"{partitions} partitions")
+        await refused(
+            one.declare([Topic(c.name("topic"), partitions=partitions)]), UsageError, f"{partitions} partitions"
+        )
     await refused(one.declare([Topic("no good\nname")]), UsageError, "a name that is none")
 
 
@@ -375,7 +375,9 @@ async def a_receipt_is_true(c: BrokerCase) -> None:
         events = [envelope(topic, key=b"%d" % i) for i in range(round + 1)]
         for receipt in await one.publish(events):
             (found,) = await two.read(topic, receipt.partition, receipt.position, 1)
-            same(found.envelope and found.envelope.id, receipt.id, f"the event at {receipt.partition}:{receipt.position}")
+            same(
+                found.envelope and found.envelope.id, receipt.id, f"the event at {receipt.partition}:{receipt.position}"
+            )
             same((found.position, found.recorded), (receipt.position, receipt.recorded), "its place and time")
             expect(abs(receipt.recorded - before) < 3600e6, "the time in a receipt is microseconds since 1970")
 
@@ -465,7 +467,10 @@ async def a_cancelled_publish_harms_nobody(c: BrokerCase) -> None:
                 call.cancel()
     outcomes = await asyncio.gather(*calls.values(), return_exceptions=True)
     accepted = {id for id, outcome in zip(calls, outcomes, strict=True) if not isinstance(outcome, BaseException)}
-    expect(all(isinstance(o, asyncio.CancelledError) for o in outcomes if isinstance(o, BaseException)), "nothing else failed")
+    expect(
+        all(isinstance(o, asyncio.CancelledError) for o in outcomes if isinstance(o, BaseException)),
+        "nothing else failed",
+    )
     last = envelope(topic)
     await broker.publish([last])
     reader = await c.reader(broker, c.name("service"), [topic])
@@ -541,6 +546,7 @@ async def a_key_stays_in_its_partition(c: BrokerCase) -> None:
     places: dict[bytes | None, set[int]] = {}
     for broker in (one, two):
         events = [envelope(topic, key=key) for key in [*(b"%d" % i for i in range(50)), *[None] * 50]]
+        REAL.random.shuffle(events)
         for event, receipt in zip(events, await broker.publish(events), strict=True):
             places.setdefault(event.key, set()).add(receipt.partition)
     spread = places.pop(None)
@@ -694,7 +700,9 @@ async def reading_ranges(c: BrokerCase) -> None:
     same((ranges[partition], ranges[1 - partition]), ((0, 600), (0, 0)), "the ranges of the topic")
     for start, limit in ((0, 1), (0, 600), (0, 10_000), (599, 5), (600, 5), (10_000, 5), (250, 100)):
         found: list[Arrival] = []
-        while len(found) < limit and (part := await broker.read(topic, partition, start + len(found), limit - len(found))):
+        while len(found) < limit and (
+            part := await broker.read(topic, partition, start + len(found), limit - len(found))
+        ):
             found += part
         wanted = [(i, events[i].id) for i in range(start, min(start + limit, 600))]
         same([(a.position, a.envelope and a.envelope.id) for a in found], wanted, f"{limit} events from {start} on")
@@ -852,9 +860,15 @@ async def a_stopped_owner_is_replaced_and_told(c: BrokerCase) -> None:
     await reader.until_ids(ids_of(events))
     child.go_on()
     await until(lambda: len(_units(child, "lost")) == 2, "the member that woke up is told what it lost")
-    words = [next(iter(line)) for line in child.said]
-    expect("arrived" not in words[words.index("revoked") : words.index("lost")] or not events, "nothing arrived before")
     await reader.owns(2)
+    await until(lambda: len(_units(child, "assigned")) == 6, "the member that woke up takes part again")
+    owned: set[Unit] = set()
+    for line in child.said:
+        for unit in (Unit(*unit) for unit in line.get("assigned", [])):
+            owned.add(unit)
+        owned.difference_update(Unit(*unit) for word in ("revoked", "lost") for unit in line.get(word, []))
+        if "arrived" in line:
+            expect(Unit(*line["arrived"][0]) in owned, "a unit's events arrive between Assigned and Revoked or Lost")
 
 
 # --- parts of scenarios --------------------------------------------------------------------------------------

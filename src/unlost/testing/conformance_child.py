@@ -17,7 +17,7 @@ from unlost.brokers.port import Arrivals, Assigned, Broker, Lost, Revoked
 from unlost.errors import UnlostError
 from unlost.events.topic import Unit
 from unlost.store.port import Outcome, Settlement
-from unlost.testing.conformance import envelope
+from unlost.testing.conformance import arrival_of, envelope
 
 Task = dict[str, Any]
 
@@ -49,7 +49,10 @@ async def member(task: Task, broker: Broker) -> None:
         while True:
             for change in await taking_part.receive():
                 if isinstance(change, Arrivals):
-                    say("arrived", [change.unit, [[a.position, a.envelope.id if a.envelope else ""] for a in change.events]])
+                    say(
+                        "arrived",
+                        [change.unit, [[a.position, a.envelope.id if a.envelope else ""] for a in change.events]],
+                    )
                 elif isinstance(change, Assigned):
                     say("assigned", change.units)
                     for unit in change.units:
@@ -90,17 +93,15 @@ async def publisher(task: Task, broker: Broker) -> None:
 async def owner(task: Task, rig: Any) -> None:
     """Takes a unit, notes what it has in hand, and settles position by position as it is told."""
     hears = await words()
-    unit, topics = Unit(*task["unit"]), await rig.topics()
-    await rig.store.register(unit.service, {"on_dead": task["on_dead"]}, [t for t in topics if t.name == unit.topic])
+    unit = Unit(*task["unit"])
     (taken,) = await rig.store.take([unit])
-    for position in task["in_hand"]:
-        rig.store.hands().take_up(taken.address, position, task["alone"])
+    hands = [rig.store.hands() for _ in task["in_hand"]]
+    for hand, position in zip(hands, task["in_hand"], strict=True):
+        hand.take_up(taken.address, position, task["alone"])
     say("taken", taken.epoch)
     while word := (await hears.readline()).decode().strip():
-        event = envelope(unit.topic, id=f"event-{word}")
-        fenced = await rig.store.settle(
-            [Settlement(unit, taken.epoch, [Outcome(arrival=rig.arrival(event, int(word)), state="done")])]
-        )
+        arrival = arrival_of(envelope(unit.topic, id=f"event-{word}"), int(word))
+        fenced = await rig.store.settle([Settlement(unit, taken.epoch, [Outcome(arrival=arrival, state="done")])])
         say("settled", {"position": int(word), "fenced": bool(fenced)})
 
 

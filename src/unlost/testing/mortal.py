@@ -22,7 +22,7 @@ from unlost.events.topic import TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import CarriedOut, Block, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store.port import Block, CarriedOut, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
 from unlost.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def unlost_running(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """`async with unlost_running(app) as t:`, see `unlost.testing.running`."""
-    from unlost.testing.running import running
+    from unlost.testing import running
 
     _watch(request.config)
     return running

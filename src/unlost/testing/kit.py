@@ -196,6 +196,20 @@ class Running:
                 raise TimeoutError(f"not settled within {timeout:g} s: {self._describe(state)}")
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def until(self, condition: Callable[[], object], timeout: float = 10.0) -> None:
+        """Waits, in real time, until the condition holds; the clock stands still.
+
+        Raises:
+            TimeoutError: it did not come to hold.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        while not condition():
+            self._check_alive()
+            if loop.time() > end:
+                raise TimeoutError(f"it did not happen within {timeout:g} s")
+            await asyncio.sleep(LOOK_SECONDS)
+
     def _look(self, c: apsw.Connection) -> _State:
         """What the file says is still to be done, in one snapshot."""
         behind: dict[Unit, tuple[int, int, int]] = {}
