@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from common import EVENT_BYTES, PUBLISHERS, OrderPlaced, Stopwatch, answer, orde
 from unlost import App, Context, Service
 
 WARM = 2000  # events before the clock starts
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 60.0
 _STAMP = struct.Struct("<q")
 
 
@@ -111,6 +112,16 @@ def counting(expected: list[int]) -> tuple[Service, list[asyncio.Event]]:
     return service, reached
 
 
+async def unless_it_fails(task: asyncio.Task[None], waited_for: Coroutine[Any, Any, object]) -> None:
+    """Waits for something that the services bring about; if they fail, so does this."""
+    waiting = asyncio.ensure_future(waited_for)
+    done, _ = await asyncio.wait({task, waiting}, timeout=DEADLINE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    if waiting not in done:
+        if task.done():
+            await task
+        raise SystemExit("the service " + ("ended" if task.done() else f"was not done in {DEADLINE_SECONDS:g} s"))
+
+
 def end_with_parent() -> None:
     """Nobody is left behind: standard input ends when the process that started this one does."""
 
@@ -126,11 +137,11 @@ async def consume(folder: Path, total: int) -> None:
     service, (warmed, finished) = counting([WARM, WARM + total])
     async with app_on(folder, service) as app:
         task = asyncio.create_task(app.serve())
-        await warmed.wait()
+        await unless_it_fails(task, warmed.wait())
         await until_settled(app, WARM)
         watch = Stopwatch()
         answer({"ready": True})
-        await finished.wait()
+        await unless_it_fails(task, finished.wait())
         await until_settled(app, WARM + total)
         answer({"ended": time.monotonic(), **watch.stop()})
         app.stop()
@@ -294,7 +305,7 @@ async def measure_once(folder: Path, total: int, kind: str) -> None:
         before = commits(app)
         watch = Stopwatch()
         task = asyncio.create_task(app.serve())
-        await handled.wait()
+        await unless_it_fails(task, handled.wait())
         await until_settled(app, total)
         result: dict[str, Any] = watch.stop()
         result |= {"events": total, "commits": commits(app) - before}

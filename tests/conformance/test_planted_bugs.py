@@ -217,3 +217,11 @@ def test_a_broken_store_is_found(
     bug(monkeypatch)
     (result,) = asyncio.run(check_store(f"embedded://{tmp_path}/events.db", only=[scenario]))
     assert (result.name, result.verdict) == (scenario, "broken"), result.reason
+
+
+def test_what_is_not_declared_is_not_promised(tmp_path: Path, monkeypatch: Patch) -> None:
+    abilities = msgspec.structs.replace(EmbeddedBroker.abilities, replayable=False)
+    monkeypatch.setattr(EmbeddedBroker, "abilities", abilities)
+    seek_is_off_by_one(monkeypatch)
+    (result,) = asyncio.run(check_broker(f"embedded://{tmp_path}/events.db", only=["seeking"]))
+    assert (result.verdict, result.error) == ("not promised", None)

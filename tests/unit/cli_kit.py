@@ -158,7 +158,7 @@ class Running:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        self._said = bytearray()
+        self._said = {process.stdout: bytearray(), process.stderr: bytearray()}  # apart: they may not mix within a line
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._collect, args=(s,)) for s in (process.stdout, process.stderr)]
         for thread in self._threads:
@@ -167,16 +167,18 @@ class Running:
     def _collect(self, stream: Any) -> None:
         while part := os.read(stream.fileno(), 65536):
             with self._changed:
-                self._said += part
+                self._said[stream] += part
                 self._changed.notify_all()
 
     def text(self) -> str:
         with self._changed:
-            return self._said.decode()
+            return "".join(said.decode() for said in self._said.values())
 
     def says(self, text: str) -> None:
         with self._changed:
-            found = self._changed.wait_for(lambda: text.encode() in self._said, SECONDS_MAX)
+            found = self._changed.wait_for(
+                lambda: any(text.encode() in said for said in self._said.values()), SECONDS_MAX
+            )
         assert found, f"it does not say {text!r}: {self.text()}"
 
     def end(self, number: int = signal.SIGINT) -> int:

@@ -125,6 +125,29 @@ async def test_a_busy_key_does_not_starve_the_others() -> None:
         assert order.index("other") < 50
 
 
+async def test_a_lane_that_waits_for_room_and_loses_its_unit_does_not_use_up_the_room() -> None:
+    service, seen, gate = Service("s"), [], asyncio.Event()
+
+    @service.on(Placed, concurrency=1)
+    async def narrow(e: Placed) -> None:
+        seen.append(e.n)
+        await gate.wait()
+
+    @service.on(Sent, concurrency=10)
+    async def wide(e: Sent) -> None: ...
+
+    async with running(App(service, topics=[Topic("order", partitions=64)])) as t:
+        worker = t._workers()[0]
+        receipts = []
+        for n in range(3):
+            receipts.append(await t.publish(Placed(order_id=f"o{n}", n=n)))
+            await t.until(lambda n=n: len(seen) + len(worker._held["narrow"]) == n + 1)
+        assert len({r.partition for r in receipts}) == 3
+        worker._on_fenced(next(o for unit, o in worker.owned.items() if unit.partition == receipts[1].partition))
+        gate.set()
+        await t.until(lambda: 2 in seen)
+
+
 # --- stopping ------------------------------------------------------------------------------------------------
 
 

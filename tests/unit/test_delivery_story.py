@@ -132,7 +132,7 @@ def check(t: Running, way: str, rejected: set[int], twice: list[int]) -> None:
     assert book.unaccounted == 0 and t.books.balanced
 
 
-@pytest.mark.parametrize("seed", range(12), ids=lambda n: f"seed-{n}")
+@pytest.mark.parametrize("seed", range(5), ids=lambda n: f"seed-{n}")
 async def test_a_story(seed: int, tmp_path: Path) -> None:
     schema = tmp_path / "schema.sql"
     schema.write_text("create table if not exists effect (id text, n int)")
@@ -140,7 +140,7 @@ async def test_a_story(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1100), ids=lambda n: f"seed-{n}")
+@pytest.mark.parametrize("seed", range(5, 100), ids=lambda n: f"seed-{n}")
 async def test_more_stories(seed: int, tmp_path: Path) -> None:
     schema = tmp_path / "schema.sql"
     schema.write_text("create table if not exists effect (id text, n int)")

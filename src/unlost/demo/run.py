@@ -331,7 +331,7 @@ def _fated(c: apsw.Connection, service: str) -> dict[int, Runs]:
 def _positions(c: apsw.Connection, service: str) -> dict[int, int]:
     """From where each partition goes on."""
     rows = c.execute("select partition, position from unlost_progress where service = ?", (service,))
-    return {partition: position for partition, position in rows}
+    return dict(rows.fetchall())
 
 
 def _ended(c: apsw.Connection, service: str) -> int:

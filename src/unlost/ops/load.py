@@ -11,12 +11,13 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import unlost
 from unlost import config
 from unlost.app import App
+from unlost.delivery.service import Service
 from unlost.errors import UnlostError, UsageError
+from unlost.events import NamingWarning
 
-_OURS = str(Path(unlost.__file__).resolve().parent)
+_OURS = str(Path(__file__).resolve().parent.parent)
 _NEAR_MAX = 8
 
 
@@ -51,7 +52,7 @@ def load(spec: str | None = None, *, broker: str | None = None) -> Loaded:
         module = _import(name, found.value + source)
     notes = []
     for w in caught:
-        if issubclass(w.category, unlost.events.NamingWarning):
+        if issubclass(w.category, NamingWarning):
             notes.append(f"{_shown(w.filename)}:{w.lineno}: {w.message}")
         else:
             warnings.showwarning(w.message, w.category, w.filename, w.lineno, w.file, w.line)
@@ -249,7 +250,7 @@ def _only(module: ModuleType, spec: str) -> App:
 
 
 def _instead(module: ModuleType) -> str:
-    services = [n for n, v in vars(module).items() if isinstance(v, unlost.Service)]
+    services = [n for n, v in vars(module).items() if isinstance(v, Service)]
     return f"services without an App: {', '.join(services[:_NEAR_MAX])}" if services else ""
 
 
