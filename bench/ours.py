@@ -246,14 +246,14 @@ async def measure_latency(folder: Path, samples: int, processes: int) -> None:
         for n in range(0, warm, 1000):
             await app.publish_all([order(i) for i in range(n, n + 1000)])
         for _ in range(warm):
-            await arrived.get()
+            await asyncio.wait_for(arrived.get(), DEADLINE_SECONDS)
         await until_settled(app, warm)
         publishes, starts, writes = [], [], []
         for n in range(samples):
             began = time.monotonic_ns()
             await app.publish(order(n))
             publishes.append((time.monotonic_ns() - began) / 1000)
-            starts.append((await arrived.get() - began) / 1000)
+            starts.append((await asyncio.wait_for(arrived.get(), DEADLINE_SECONDS) - began) / 1000)
             await until_settled(app, warm + n + 1, 0.0005)
             writes.append(disk.write())
         if processes == 2:

@@ -25,7 +25,7 @@ from unlost.delivery.service import Service
 from unlost.delivery.worker import Probe, Worker
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, Event, check_name, seal
-from unlost.events.topic import Topic
+from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Store
@@ -130,8 +130,7 @@ class App:
                     fix="use a replicated broker, or demand less",
                 )  # fmt: skip
             store = SqliteStore(file, publish=Transaction.append)
-            wanted = {name: self.topics.get(name, Topic(name)) for s in self.services for name in s.topics}
-            infos = {info.name: info for info in await broker.declare(list((wanted | self.topics).values()))}
+            infos = await self._declare(broker)
             for service in self.services:
                 policy = {"on_dead": service.on_dead}
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
@@ -142,6 +141,13 @@ class App:
             raise
         self._broker, self._store, self._file = broker, store, file
         self._loop = asyncio.get_running_loop()
+
+    async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
+        """What this App says about its topics must be so; where it says nothing, a topic may be as it is."""
+        named = {name for service in self.services for name in service.topics} - set(self.topics)
+        there = {info.name for info in await broker.topics()} & named
+        await broker.declare([*self.topics.values(), *(Topic(name) for name in sorted(named - there))])
+        return {info.name: info for info in await broker.topics()}
 
     async def _disconnect(self) -> None:
         file, self._file = self._file, None
@@ -269,11 +275,12 @@ class App:
             stop = asyncio.create_task(self._stop.wait())
             broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self.file.on_broken = _report_to(broken)
+            waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
             house = asyncio.create_task(self._keep_house())
             if ready is not None:
                 ready()
             try:
-                await asyncio.wait([*tasks, stop, broken], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
                 stop.cancel()
@@ -355,8 +362,12 @@ class _Portal:
 def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:
     loop = future.get_loop()
 
+    def set_once() -> None:
+        if not future.done():
+            future.set_result(None)
+
     def report(_error: UnlostError) -> None:
-        loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+        loop.call_soon_threadsafe(set_once)
 
     return report
 

@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from datetime import UTC, datetime
+from functools import lru_cache
 
 
 class World:
@@ -80,7 +81,13 @@ def new_id() -> str:
 
 def rfc3339(micros: int) -> str:
     """`2026-11-23T14:11:00.123456Z` from microseconds since 1970."""
-    return datetime.fromtimestamp(micros / 1e6, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    seconds, rest = divmod(micros, 1_000_000)
+    return f"{_second(seconds)}.{rest:06d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def boot_id() -> str:

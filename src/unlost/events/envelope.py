@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +108,7 @@ def seal(
             "UL1009", f"an event's source has 1 to {MAX_ID} printable characters", found=repr(source)[:250]
         )
 
-    if occurred_at is None:
-        seconds, micros = divmod(now, 1_000_000)
-        time = f"{_second(seconds)}.{micros:06d}Z"
-    else:
-        time = _occurrence(occurred_at)
+    time = rfc3339(now) if occurred_at is None else _occurrence(occurred_at)
 
     subject = None
     if key is not None:
@@ -195,11 +190,6 @@ def check_key_not_sensitive(cls: type[Event]) -> None:
             found=f"key={key!r}",
             fix="use a key that may be seen, such as a customer number",
         )
-
-
-@lru_cache(maxsize=64)
-def _second(seconds: int) -> str:
-    return rfc3339(seconds * 1_000_000)[:19]
 
 
 def _occurrence(when: datetime) -> str:

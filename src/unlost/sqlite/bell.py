@@ -13,6 +13,10 @@ import socket
 import tempfile
 from pathlib import Path
 
+from unlost.world import REAL
+
+_TICK_NS = 100_000_000
+
 
 def bell_folder(database: Path) -> Path:
     """A short path (a socket's path holds about 100 bytes), private to this user, one per database file."""
@@ -53,7 +57,8 @@ class Bell:
         except OSError:
             return
         if changed != self._seen:
-            self._seen = changed
+            # A bell made in the same tick as this look would not show in the time of the folder: look again then.
+            self._seen = changed if REAL.now() * 1000 - changed > _TICK_NS else -1
             own = self._own.name
             self._others = [str(p) for p in self._folder.iterdir() if p.name != own]
         for other in self._others:

@@ -39,6 +39,7 @@ T = TypeVar("T")
 GROUP_MAX = 4096  # operations in one commit
 OPEN_SECONDS_MAX = 10.0  # how long opening waits for another process that holds the write lock
 BUSY_MS = 5000
+GOODBYE_SECONDS = 2.0
 _HOUSEKEEPING_SECONDS = 1.0
 _STOP = object()
 _ANY = (OSError, apsw.Error)
@@ -263,6 +264,8 @@ class File:
         """Finishes what is queued and leaves. Harmless when called twice."""
         if self._closed or os.getpid() != self._pid:
             return
+        with contextlib.suppress(UnlostError):  # then the next start finds the row, and takes us for dead
+            self.write_sync(self._sign_off, timeout=GOODBYE_SECONDS)
         with self._submitting:
             self._closed = True
             self._queue.put(_STOP)
@@ -276,6 +279,9 @@ class File:
         os.close(self._lock_fd)
         guards.unprotect(self.path)
         _open_files.discard(self)
+
+    def _sign_off(self, tx: Transaction) -> None:
+        tx.execute("delete from unlost_process where id = ?", (self.process_id,))
 
     def _submit(self, item: _Operation | Block) -> None:
         with self._submitting:  # nothing is queued behind the end of the writer

@@ -22,6 +22,7 @@ from unlost.sqlite.turn import Block
 from unlost.store import port
 from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Taken, Waiting
 from unlost.store.progress import Progress, Runs
+from unlost.world import rfc3339
 
 _json = msgspec.json
 _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
@@ -264,7 +265,14 @@ def stored_arrival(
 ) -> Arrival:
     """An arrival from stored columns; bytes that are no event keep their place and say why."""
     try:
-        return Arrival(position, decode_head(head, topic=topic, key=key, data=data), recorded, head, key, data)
+        return Arrival(
+            position,
+            decode_head(head, topic=topic, key=key, data=data, recordedtime=rfc3339(recorded)),
+            recorded,
+            head,
+            key,
+            data,
+        )
     except Exception as e:
         return Arrival(position, None, recorded, head, key, data, str(e))
 
@@ -506,7 +514,7 @@ def _suspect(
 ) -> bool:
     """An event that was in a handler when its process died. If it was there alone, that counts as an attempt,
     written before it is delivered again: so a handler that kills its process comes to an end."""
-    attempt = "its process was killed while it handled only this event"
+    attempt = "its process was killed (or hung) while it handled only this event"
     if not fated:
         if alone:
             past = history.setdefault(position, [])

@@ -126,7 +126,7 @@ class Running:
         """The process of this handler (function or name) or service will be killed, and started again.
 
         `after` says at which step of an event: `received` (before the handler), `started` (in its hands), `handled`
-        (before its outcome is settled), `committing` (in its own transaction, which is committed all the same),
+        (before its outcome is settled), `committing` (at the end of its own transaction, which is rolled back),
         `settling` (before the outcome's commit), `settled` (durable, but nobody was told). `times`: so often.
         """
         if after not in ("received", "started", "handled", "committing", "settling", "settled"):

@@ -18,7 +18,7 @@ from unlost.brokers.embedded.trim import trim
 from unlost.brokers.port import Abilities, Receipt
 from unlost.config import duration
 from unlost.errors import UsageError
-from unlost.events import Envelope, check_name
+from unlost.events import MAX_EVENT_BYTES, Envelope, check_name
 from unlost.events.topic import Arrival, Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
@@ -67,6 +67,12 @@ class EmbeddedBroker:
         return [known[name] for name, _, _ in wanted]
 
     async def publish(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
+        for e in envelopes:
+            if e.data is not None and len(e.data) > MAX_EVENT_BYTES:
+                raise UsageError(
+                    "UL1012", f"an event has at most {MAX_EVENT_BYTES} bytes", found=f"{len(e.data)} bytes in {e.id}",
+                    fix="put the large part elsewhere, and a reference to it into the event",
+                )  # fmt: skip
         places = await self.file.write(lambda tx: tx.append(envelopes))
         return [
             Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
@@ -91,7 +97,9 @@ class EmbeddedBroker:
             ).fetchone()
             if row is None or not 0 <= partition < row[1]:
                 return []
-            return read_partition(self.file.path, connection, topic, partition, row[0] + partition, start, limit)
+            return read_partition(
+                self.file.path, connection, topic, partition, row[0] + partition, max(0, start), limit
+            )
 
         return self.file.read(work)
 

@@ -11,6 +11,7 @@ from unlost.events import decode_head
 from unlost.events.topic import Arrival
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import row_crc
+from unlost.world import rfc3339
 
 READ_BYTES_MAX = 8 * 1024 * 1024
 
@@ -45,7 +46,10 @@ def read_partition(
                 )  # fmt: skip
             expected += 1
             try:
-                envelope, problem = decode_head(head, topic=topic, key=key, data=data), ""
+                envelope, problem = (
+                    decode_head(head, topic=topic, key=key, data=data, recordedtime=rfc3339(recorded)),
+                    "",
+                )
             except Exception as e:
                 envelope, problem = None, str(e)
             found.append(Arrival(at - base, envelope, recorded, head, key, data, problem))
