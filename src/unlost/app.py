@@ -83,7 +83,7 @@ class App:
         self.world = world
         self.probe = probe
         self.url = ""
-        self._url = broker
+        self.broker_url = broker
         self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
         self._survives = survives
         self._broker: Broker | None = None
@@ -114,7 +114,7 @@ class App:
             await self._disconnect()
 
     async def _connect(self) -> None:
-        self.url = config.setting("broker", code=self._url).value
+        self.url = config.setting("broker", code=self.broker_url).value
         store_url = config.setting("store").value
         if store_url and store_url != self.url:
             raise UsageError(
@@ -132,7 +132,7 @@ class App:
             store = SqliteStore(file, publish=Transaction.append)
             infos = await self._declare(broker)
             for service in self.services:
-                policy = {"on_dead": service.on_dead}
+                policy = {"on_dead": service.on_dead, "topics": len(service.topics)}
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
             if self._schema:
                 await _apply_schema(file, self._schema)
@@ -264,7 +264,7 @@ class App:
 
     async def serve(self, services: Sequence[str] | None = None, *, ready: Callable[[], None] | None = None) -> None:
         """Runs the services (all, or those named) inside another program, until `stop` or a failure."""
-        chosen = self._chosen(services)
+        chosen = self.chosen(services)
         async with self:
             self._stop = asyncio.Event()
             workers = [
@@ -321,11 +321,16 @@ class App:
         self.stop()
 
     def _announce(self, services: Sequence[str] | None) -> None:
-        names = ", ".join(service.name for service in self._chosen(services))
+        names = ", ".join(service.name for service in self.chosen(services))
         made = " (made just now)" if self.file.created else ""
         print(f"unlost: {names} on {self.file.path}{made}", file=sys.stderr, flush=True)
 
-    def _chosen(self, names: Sequence[str] | None) -> list[Service]:
+    def chosen(self, names: Sequence[str] | None = None) -> list[Service]:
+        """The services of these names, or all.
+
+        Raises:
+            UsageError: there is no such service.
+        """
         known = {service.name: service for service in self.services}
         for name in names or ():
             if name not in known:

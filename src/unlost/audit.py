@@ -103,14 +103,14 @@ class Books(msgspec.Struct, kw_only=True):
         return self.unaccounted == 0 and not self.findings and not self.unaccountable
 
 
-def reconcile(evidence: Iterable[Evidence]) -> Books:
-    """Balances the books of all units.
+def reconcile(evidence: Iterable[Evidence], unaccountable: Sequence[str] = ()) -> Books:
+    """Balances the books of all units; `unaccountable` says what no evidence was left of.
 
     Example:
         >>> reconcile([]).balanced
         True
     """
-    books = Books(services={}, missing=[], unnamed=0, findings=[], unaccountable=[])
+    books = Books(services={}, missing=[], unnamed=0, findings=[], unaccountable=list(unaccountable))
     for e in evidence:
         book = books.services.setdefault(e.service, Book(service=e.service))
         _balance(e, book, books)

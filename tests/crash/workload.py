@@ -587,6 +587,7 @@ class Supervisor:
         self.kills = kills
         self.end = time.monotonic() + seconds
         self.pace = pace
+        self.rate = max(8.0, min(40.0, 40.0 * 300 / seconds))  # a long run keeps its history in memory at the end, too
         self.children: dict[str, Child] = {}
         self.lives: Counter[str] = Counter()
         self.lines = {
@@ -600,7 +601,7 @@ class Supervisor:
     def start(self, name: str, *, armed: bool) -> None:
         self.lives[name] += 1
         kind = self.lines[name]
-        job = Job(kind, name, self.lives[name], self.rng.getrandbits(32), self.folder, armed, rate=40.0)
+        job = Job(kind, name, self.lives[name], self.rng.getrandbits(32), self.folder, armed, self.rate)
         pid = fork(lambda: run_child(job), self.log)
         self.children[name] = Child(job, pid, time.monotonic())
 

@@ -156,3 +156,11 @@ def test_looking_never_makes_a_file(tmp_path: Path) -> None:
 
 def test_addresses_do_not_overlap() -> None:
     assert POSITION_BITS == 40
+
+
+async def test_saved_progress_that_vanished_is_no_empty_balance() -> None:
+    async with filled(shop()) as t:
+        await harm(t, "delete from unlost_progress")
+        found = books(t.app.file)
+        assert not found.balanced
+        assert any("saved progress is gone" in line for line in found.unaccountable)

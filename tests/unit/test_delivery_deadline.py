@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from unlost import App, Context, Event, Retry, Service, UsageError
+from unlost.delivery import worker as worker_module
 from unlost.delivery.worker import Worker
 from unlost.testing import running
 
@@ -77,7 +78,10 @@ async def test_a_handler_that_swallows_cancellation_is_cancelled_again_and_has_f
         assert len(t.dead_letters(handle)) == 2
 
 
-async def test_a_handler_that_never_gives_in_does_not_keep_the_service_from_stopping() -> None:
+async def test_a_handler_that_never_gives_in_does_not_keep_the_service_from_stopping(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "CANCELLED_SECONDS_MAX", 0.2)
     service, over, done = Service("s", deadline=600), threading.Event(), []
 
     @service.on(Placed)

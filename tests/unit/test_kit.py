@@ -181,7 +181,7 @@ async def test_dead_wants_exactly_one() -> None:
 
 async def test_an_app_can_be_run_again_and_is_left_as_it_was() -> None:
     app, _ = make()
-    world, url = app.world, app._url
+    world, url = app.world, app.broker_url
     folders = []
     for _ in range(3):
         async with running(app) as t:
@@ -189,7 +189,7 @@ async def test_an_app_can_be_run_again_and_is_left_as_it_was() -> None:
             assert t.envelopes() == []
             await t.publish(Placed(order_id="a"))
             await t.settled()
-    assert (app.world, app._url) == (world, url)
+    assert (app.world, app.broker_url) == (world, url)
     assert not any(folder.exists() for folder in folders)
     async with running(app):
         with pytest.raises(UsageError, match="UL1290"):

@@ -209,7 +209,7 @@ def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = F
     if app is not None and broker is None:
         from unlost.ops.load import load
 
-        url = load(app).app._url
+        url = load(app).app.broker_url
         if url is not None:
             found = [
                 msgspec.structs.replace(v, value=hide_secrets(url), source="code") if v.name == "broker" else v

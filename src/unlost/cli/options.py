@@ -35,7 +35,7 @@ def url_of(app: str | None, broker: str | None) -> str | None:
     from unlost.ops.load import load
 
     loaded = load(app)  # also without need of its URL: whoever names an App wants it imported
-    return broker if broker is not None else loaded.app._url
+    return broker if broker is not None else loaded.app.broker_url
 
 
 @contextmanager

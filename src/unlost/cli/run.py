@@ -53,7 +53,7 @@ def run(
         note(warn(clean_lines(line), sys.stderr))
     if not loaded.app.services:
         raise UsageError("UL1318", "this App has no services to run", fix="app = App(your_service)")
-    loaded.app._chosen(service)
+    loaded.app.chosen(service)
     names = service or [s.name for s in loaded.app.services]
     if json:
         print_json("run/1", {"state": "starting", "services": names})

@@ -244,7 +244,7 @@ class Worker:
                 error=fate.error, stack=fate.stack, parks=parks,
             )  # fmt: skip
             log.error(
-                "%s %s:%d %s is dead (%s): %s", self.service.name, owned.unit.topic, d.position,
+                "%s:%d %s is dead (%s): %s", owned.unit, d.position,
                 d.arrival.envelope.type if d.arrival.envelope else "undecodable bytes", fate.reason, fate.error,
             )  # fmt: skip
             if parks:
@@ -261,8 +261,8 @@ class Worker:
             d.attempts = outcome.attempts = self._with_attempt(d, error)
         wait = (fate.due - self.world.steady()) / 1e6
         if error is not None:
-            log.warning("%s %s:%d attempt %d failed, next in %.1f s: %s", self.service.name, owned.unit.topic,
-                        d.position, len(d.attempts), wait, describe(error))  # fmt: skip
+            log.warning("%s:%d attempt %d failed, next in %.1f s: %s", owned.unit, d.position,
+                        len(d.attempts), wait, describe(error))  # fmt: skip
         if wait <= SHORT_WAIT_SECONDS and owned.sleeping < SLEEPING_MAX:
             lane.sleeping = True
             owned.sleeping += 1

@@ -37,7 +37,7 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
 
 def books(file: File) -> Books:
     """Balances the books of every service of this broker. Exact; reads the log's index once."""
-    return file.read(lambda c: reconcile(gather(file, c)))
+    return file.read(lambda c: reconcile(gather(file, c), vanished(c)))
 
 
 def name_missing(file: File, missing: Sequence[Missing], limit: int = NAMED_MAX) -> list[Named]:
@@ -87,6 +87,24 @@ def gather(file: File, c: apsw.Connection) -> list[Evidence]:
             )
         )  # fmt: skip
     return found
+
+
+def vanished(c: apsw.Connection) -> list[str]:
+    """Units and services of which there are traces, but no saved progress: what became of their events?"""
+    traces = " union ".join(
+        f"select service, topic, partition from {table}"
+        for table in ("unlost_assignment", "unlost_epoch", "unlost_ledger", "unlost_waiting", "unlost_shelf")
+    )
+    units = c.execute(
+        f"select service, topic, partition from ({traces}) except select service, topic, partition from unlost_progress "
+        "order by 1, 2, 3"
+    ).fetchall()
+    found = [f"{service} {topic}/{partition}: its saved progress is gone" for service, topic, partition in units]
+    idle = c.execute(
+        "select name from unlost_service where json_extract(policy, '$.topics') > 0 "
+        "and name not in (select service from unlost_progress) order by name"
+    ).fetchall()
+    return found + [f"{name}: all of its saved progress is gone" for (name,) in idle]
 
 
 def _positions(c: apsw.Connection, table: str, unit: tuple[str, str, int]) -> frozenset[int]:

@@ -58,7 +58,7 @@ def load(spec: str | None = None, *, broker: str | None = None) -> Loaded:
             warnings.showwarning(w.message, w.category, w.filename, w.lineno, w.file, w.line)
     app = _attribute(module, attribute) if attribute else _only(module, found.value)
     if broker is not None:
-        app._url = broker  # a flag goes before what the code says
+        app.broker_url = broker  # a flag goes before what the code says
     return Loaded(app, module, notes)
 
 

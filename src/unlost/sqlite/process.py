@@ -116,7 +116,7 @@ def examine(folder: Path, process: str) -> Remains:
         return Remains(alive=False, hung=False, running={}, read={})
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look must not see each other
             alive = False
         except BlockingIOError:
             alive = True

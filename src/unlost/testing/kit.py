@@ -67,15 +67,15 @@ async def running(
     if app._entered:
         raise UsageError("UL1290", "this App is connected already", fix="give `running` an App that nobody has entered")
     folder = Path(tempfile.mkdtemp(prefix="unlost-test-"))
-    before = app.world, app._url
+    before = app.world, app.broker_url
     world = VirtualWorld(seed)
-    app.world, app._url = world, f"embedded://{folder / 'events.db'}"
+    app.world, app.broker_url = world, f"embedded://{folder / 'events.db'}"
     try:
         async with app:
             t = Running(app, world, folder, patience)
             grace = GRACE_SECONDS
             try:
-                await t.scale(1, *(s.name for s in app._chosen(services)))
+                await t.scale(1, *(s.name for s in app.chosen(services)))
                 yield t
             except BaseException:
                 grace = 0.1
@@ -86,7 +86,7 @@ async def running(
             if check_books:
                 t.check_books()
     finally:
-        app.world, app._url = before
+        app.world, app.broker_url = before
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
@@ -137,7 +137,7 @@ class Running:
     async def scale(self, processes: int, *services: str) -> None:
         """From now on each of these services (all by default) has so many processes."""
         for name in services or tuple(self._processes):
-            service = self.app._chosen([name])[0]
+            service = self.app.chosen([name])[0]
             have = self._processes.setdefault(name, [])
             while len(have) < processes:
                 process = MortalProcess(service, self.app.file.path, self.clock, self._points)

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import unlost.delivery.worker as worker_module
 import unlost.ops.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost.brokers.embedded.broker import EmbeddedBroker
-from unlost.brokers.port import Arrivals, Receipt
+from unlost.brokers.embedded.group import EmbeddedMember
+from unlost.brokers.port import Arrivals, Change, Receipt
 from unlost.delivery.fate import Done, Fate, HandlerTimeout, Reject, Skip
 from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.worker import Worker
@@ -93,18 +94,23 @@ def _position_may_lead(advance: bool) -> None:
 def _ack_first() -> None:
     _position_may_lead(advance=False)
 
-    def make(original: Callable[[Worker, Arrivals], None]) -> Any:
-        def take_in(self: Worker, arrivals: Arrivals) -> None:
-            if arrivals.unit in self.owned:
-                after = (arrivals.events[-1].position + 1, *arrivals.unit)
-                file: File = self._store.file  # type: ignore[attr-defined]
-                sql = f"update unlost_progress set position = max(position, ?) {_THIS_UNIT}"
-                file.write_sync(lambda tx: tx.execute(sql, after) and None)
-            original(self, arrivals)
+    def make(original: Callable[[EmbeddedMember], Awaitable[Sequence[Change]]]) -> Any:
+        async def receive(self: EmbeddedMember) -> Sequence[Change]:
+            changes = await original(self)
+            received = [change for change in changes if isinstance(change, Arrivals)]
 
-        return take_in
+            def save(tx: Transaction) -> None:
+                for unit, events in received:
+                    sql = f"update unlost_progress set position = max(position, ?) {_THIS_UNIT}"
+                    tx.execute(sql, (events[-1].position + 1, *unit))
 
-    _replace(Worker, "_take_in", make)
+            if received:
+                await self._file.write(save)
+            return changes
+
+        return receive
+
+    _replace(EmbeddedMember, "receive", make)
 
 
 @_bug("commit-highest-seen", "the position jumps behind the highest settled event, over those that are still open")
