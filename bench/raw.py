@@ -31,7 +31,7 @@ READ_MAX = 256  # rows of one partition in one read
 def rows_of(source: Path) -> list[tuple[Any, ...]]:
     """What unlost wrote, in the order in which it was appended."""
     connection = apsw.Connection(str(source), flags=apsw.SQLITE_OPEN_READONLY)
-    rows = connection.execute(
+    rows: list[tuple[Any, ...]] = connection.execute(
         "select at, head, key, data, recorded, digest, crc from unlost_log order by recorded, at"
     ).fetchall()
     connection.close()

@@ -30,16 +30,9 @@ FIGURES = ("kills", "by_kind", "seconds", "drain_seconds", "events", "completion
 
 def run_loop(folder: Path, seed: int, kills: int, seconds: float, bug: str = "") -> dict[str, Any]:
     script = Path(__file__).with_name("workload.py")
-    arguments = [
-        "--seed",
-        str(seed),
-        "--kills",
-        str(kills),
-        "--seconds",
-        str(seconds),
-        "--pace",
-        "0.25" if bug else "0.5",
-    ]
+    arguments = ["--seed", str(seed), "--kills", str(kills), "--seconds", str(seconds)]
+    if bug:  # with it there may be no end
+        arguments += ["--pace", "0.25", "--drain", "3"]
     done = subprocess.run(
         [sys.executable, str(script), str(folder), *arguments], env=os.environ | {sabotage.VARIABLE: bug},
         capture_output=True, text=True, timeout=seconds + 240,

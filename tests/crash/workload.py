@@ -580,13 +580,14 @@ class Report:
 
 
 class Supervisor:
-    def __init__(self, folder: Path, *, seed: int, kills: int, seconds: float, pace: float) -> None:
+    def __init__(self, folder: Path, *, seed: int, kills: int, seconds: float, pace: float, drain: float) -> None:
         self.folder = folder
         self.rng = random.Random(seed)
         self.report = Report(seed)
         self.kills = kills
         self.end = time.monotonic() + seconds
         self.pace = pace
+        self.drain = drain
         self.rate = max(8.0, min(40.0, 40.0 * 300 / seconds))  # a long run keeps its history in memory at the end, too
         self.children: dict[str, Child] = {}
         self.lives: Counter[str] = Counter()
@@ -700,7 +701,7 @@ class Supervisor:
         for name, kind in self.lines.items():
             if kind in ("services", "operator"):
                 self.start(name, armed=False)
-        watcher = fork(lambda: wait_for_drain(self.folder, 60.0), self.log)
+        watcher = fork(lambda: wait_for_drain(self.folder, self.drain), self.log)
         while os.waitpid(watcher, os.WNOHANG)[0] == 0:
             self._tend(0.05, restart=False)
         for name in list(self.children):
@@ -797,9 +798,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=int(os.environ.get("KILLS", "200")))
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SECONDS", "240")))
     parser.add_argument("--pace", type=float, default=0.5, help="mean seconds between two acts of violence")
+    parser.add_argument("--drain", type=float, default=90.0, help="seconds for what is left when the killing is over")
     a = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    supervisor = Supervisor(a.folder, seed=a.seed, kills=a.kills, seconds=a.seconds, pace=a.pace)
+    supervisor = Supervisor(a.folder, seed=a.seed, kills=a.kills, seconds=a.seconds, pace=a.pace, drain=a.drain)
     report = supervisor.run()
     print(json.dumps({**report.__dict__, "green": report.green}, indent=1))
     return 0 if report.green else 1

@@ -207,7 +207,7 @@ async def test_reject_goes_to_the_shelf_at_once() -> None:
         await t.publish(Placed(order_id="a"))
         await t.settled()
         letter = t.dead(handle)
-        assert (letter.reason, letter.error, len(calls)) == ("rejected", "an order of 0.00 cannot be paid", 1)
+        assert (letter.reason, letter.error_type, len(calls)) == ("an order of 0.00 cannot be paid", "Reject", 1)
         assert letter.key == b"a" and letter.trace and letter.data == b'{"order_id":"a","n":0}'
 
 

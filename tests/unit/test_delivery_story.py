@@ -106,7 +106,7 @@ async def tell(seed: int, schema: Path) -> None:
         healed = True
         rejected = {n for n in mind if mind[n] < 0.06}
         while letters := t.dead_letters():
-            assert {letter.reason for letter in letters} == {"rejected"}
+            assert {letter.reason for letter in letters} == {"not today"}
             if rng.random() < 0.5:
                 t.crash(service, after=rng.choice(STEPS), times=1)
             for letter in letters:

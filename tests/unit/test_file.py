@@ -19,7 +19,7 @@ import apsw
 import pytest
 
 from unlost.brokers.embedded.broker import EmbeddedBroker
-from unlost.errors import Damaged, OutcomeUnknown, Unavailable, UnlostError, UsageError
+from unlost.errors import Damaged, OutcomeUnknown, StatementFailed, Unavailable, UnlostError, UsageError
 from unlost.events import Envelope
 from unlost.events.topic import Topic
 from unlost.sqlite import file as file_module
@@ -387,7 +387,7 @@ def test_a_block_that_ends_the_commit_harms_no_other(mine: File, go_on: bool) ->
         block.finish(lambda tx: None)
         block = await asyncio.to_thread(bad.begin)
         block.execute("insert into mine values (3)")
-        with pytest.raises(apsw.ConstraintError):
+        with pytest.raises(StatementFailed, match="ConstraintError"):
             block.execute("insert or rollback into mine values (1)")
         if go_on:  # it would be a commit of its own
             with pytest.raises(UnlostError):

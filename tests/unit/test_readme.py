@@ -31,6 +31,7 @@ def test_the_first_program_works_as_written(tmp_path: Path) -> None:
         assert process.stdout.readline().strip() == "charged A1"
     finally:
         process.terminate()
+        process.stdout.close()  # type: ignore[union-attr]
         assert process.wait(30) == 0
     audit = subprocess.run(
         [sys.executable, "-m", "unlost", "audit"], cwd=tmp_path, capture_output=True, text=True, timeout=60

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from unlost.audit import Book, Books, reconcile
+from unlost.audit import Book, Books
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, span
 from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
-from unlost.errors import Damaged, UsageError
+from unlost.errors import Damaged
 from unlost.ops import books as ledger
 from unlost.ops.settings import hide_secrets, settings
 from unlost.ops.status import ServiceStatus
@@ -109,16 +109,7 @@ def audit(
     - `unlost audit --json | jq .unaccounted`
     """
     with looking(app, broker) as file:
-        evidence = file.read(lambda c: ledger.gather(file, c))
-        known = {e.service for e in evidence}
-        unknown = [name for name in service or () if name not in known]
-        if unknown:
-            raise UsageError(
-                "UL1331",
-                f"no service {unknown[0]!r} has run on this broker",
-                found=f"{', '.join(sorted(known)) or 'none'}",
-            )
-        found = reconcile(e for e in evidence if not service or e.service in service)
+        found = ledger.books(file, service)
         named = ledger.name_missing(file, found.missing)
         problems = ledger.verify(file) if verify else []
         path = file.path

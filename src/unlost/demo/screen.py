@@ -153,9 +153,7 @@ class Screen:
 
     def _balanced(self, result: Result, folder: Path, orders: Sequence[Order]) -> None:
         if result.bug is not None:
-            self.say(
-                f"The bug {result.bug} did no harm in this run. Try more kills: --kill {max(5, len(result.kills)) * 4}"
-            )
+            self.say(f"The bug {result.bug} did no harm in this run. Try more: --orders all --kill 20")
             return
         self.say("Nothing was lost. Do not take our word for it:")
         self.say("  unlost demo --break ack-first     the same run with a classic bug: the audit names what it lost")

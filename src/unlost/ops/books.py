@@ -10,6 +10,7 @@ import apsw
 import msgspec
 
 from unlost.audit import Books, Evidence, Listed, Missing, reconcile
+from unlost.errors import UsageError
 from unlost.events import decode_head, event_hash
 from unlost.sqlite.file import File
 from unlost.sqlite.process import Remains, examine, service_hash
@@ -35,9 +36,27 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     last_seen: str
 
 
-def books(file: File) -> Books:
-    """Balances the books of every service of this broker. Exact; reads the log's index once."""
-    return file.read(lambda c: reconcile(gather(file, c), vanished(c)))
+def books(file: File, services: Sequence[str] | None = None) -> Books:
+    """Balances the books of every service of this broker (or of those named). Exact; reads the log's index once.
+
+    Raises:
+        UsageError: a service of that name has never run here.
+    """
+
+    def work(c: apsw.Connection) -> Books:
+        known = {row[0] for row in c.execute("select name from unlost_service")}
+        for name in services or ():
+            if name not in known:
+                raise UsageError(
+                    "UL1331", f"no service {name!r} has run on this broker", found=", ".join(sorted(known)) or "none"
+                )
+        evidence, traces = gather(file, c), vanished(c)
+        if services:
+            evidence = [e for e in evidence if e.service in services]
+            traces = [(name, text) for name, text in traces if name in services]
+        return reconcile(evidence, [text for _, text in traces])
+
+    return file.read(work)
 
 
 def name_missing(file: File, missing: Sequence[Missing], limit: int = NAMED_MAX) -> list[Named]:
@@ -89,7 +108,7 @@ def gather(file: File, c: apsw.Connection) -> list[Evidence]:
     return found
 
 
-def vanished(c: apsw.Connection) -> list[str]:
+def vanished(c: apsw.Connection) -> list[tuple[str, str]]:
     """Units and services of which there are traces, but no saved progress: what became of their events?"""
     traces = " union ".join(
         f"select service, topic, partition from {table}"
@@ -99,12 +118,14 @@ def vanished(c: apsw.Connection) -> list[str]:
         f"select service, topic, partition from ({traces}) except select service, topic, partition from unlost_progress "
         "order by 1, 2, 3"
     ).fetchall()
-    found = [f"{service} {topic}/{partition}: its saved progress is gone" for service, topic, partition in units]
+    found = [
+        (service, f"{service} {topic}/{partition}: its saved progress is gone") for service, topic, partition in units
+    ]
     idle = c.execute(
         "select name from unlost_service where json_extract(policy, '$.topics') > 0 "
         "and name not in (select service from unlost_progress) order by name"
     ).fetchall()
-    return found + [f"{name}: all of its saved progress is gone" for (name,) in idle]
+    return found + [(name, f"{name}: all of its saved progress is gone") for (name,) in idle]
 
 
 def _positions(c: apsw.Connection, table: str, unit: tuple[str, str, int]) -> frozenset[int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import apsw
+import msgspec
 
 from unlost.app import App
 from unlost.audit import Books
@@ -331,8 +332,15 @@ class Running:
         raise AssertionError(f"the books do not balance: {found.unaccounted} events are unaccounted for\n  {text}")
 
     def dead_letters(self, what: Callable[..., Any] | Service | str | None = None) -> list[DeadLetter]:
-        """What is on the shelf, oldest first: all, or those of one handler or service."""
-        found = shelf.letters(self.app.file)
+        """What is on the shelf, oldest first: all, or those of one handler or service.
+
+        The `reason` of a rejected event is the sentence that the handler gave to `Reject`; of any other its kind,
+        such as `exhausted`.
+        """
+        found = [
+            msgspec.structs.replace(letter, reason=letter.error) if letter.reason == "rejected" else letter
+            for letter in shelf.letters(self.app.file)
+        ]
         if what is None:
             return found
         service, handler = self._find(what)
