@@ -202,11 +202,23 @@ class App:
         return (await self._accept([envelope], deadline))[0]
 
     async def publish_all(
-        self, events: Sequence[Event], *, deadline: float | timedelta = PUBLISH_SECONDS
+        self,
+        events: Sequence[Event],
+        *,
+        ids: Sequence[str] | None = None,
+        deadline: float | timedelta = PUBLISH_SECONDS,
     ) -> Sequence[Receipt]:
-        """Publishes events as one durable batch: all or none. Receipts come in the order of the events."""
+        """Publishes events as one durable batch: all or none. Receipts come in the order of the events.
+
+        With `ids`, one for each event, the batch can be published again after `OutcomeUnknown`.
+        """
+        if ids is not None and len(ids) != len(events):
+            raise UsageError("UL1240", "publish_all takes one id for each event", found=f"{len(ids)} for {len(events)}")
         now = self.world.now()
-        return await self._accept([seal(event, source=self.name, now=now) for event in events], deadline)
+        sealed = [
+            seal(event, source=self.name, id=None if ids is None else ids[n], now=now) for n, event in enumerate(events)
+        ]
+        return await self._accept(sealed, deadline)
 
     def publish_sync(
         self,

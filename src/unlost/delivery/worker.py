@@ -28,6 +28,7 @@ from unlost.delivery.fate import (
     spent,
 )  # fmt: skip
 from unlost.delivery.lanes import Delivery, Lane, Owned
+from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.errors import Fenced, Undecodable, UnlostError, UsageError
@@ -91,6 +92,8 @@ class Worker:
         self._timer_count = 0
         self._suspects = 0
         self._stopping = False
+        self._leaving = asyncio.Event()
+        self._outage = Outage(service.name)
         self._member: Member | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -141,6 +144,7 @@ class Worker:
                 now=self.world.steady(),
                 chance=self.world.random.random(),
             )
+        fate = self._outage.judge(handler.name, fate, self.world.steady())
         self._settle(d, fate, error, ctx)
 
     def _decode(self, d: Delivery) -> Any:
@@ -281,6 +285,7 @@ class Worker:
 
     def _ended_by_transaction(self, d: Delivery, ctx: Context, error: BaseException | None) -> None:
         """The handler's own transaction has settled the delivery; what came after it cannot undo that."""
+        self._outage.succeeded(d.handler.name)
         if error is not None:
             log.error("%s: the handler failed after its transaction was committed; the event is done: %s",
                       self.service.name, describe(error), exc_info=error)  # fmt: skip
@@ -532,7 +537,8 @@ class Worker:
 
     def _held_back(self, lane: Lane, d: Delivery) -> bool:
         """Whether the handler has as many events in hand as it may; the lane then waits for one of them."""
-        if self._active.get(d.handler.name, 0) < d.handler.concurrency:
+        limit = 1 if self._outage.lasts(d.handler.name) else d.handler.concurrency
+        if self._active.get(d.handler.name, 0) < limit:
             return False
         self._held[d.handler.name].append(lane)
         lane.ready = True  # queued: just not with the others
@@ -545,9 +551,12 @@ class Worker:
             await self.deliver(d, run)
             if self._suspects:
                 await self._settler.flush()
+            if self._outage.lasts(name):  # keeps the handler's only place until the next probe
+                await self.world.wait_until(self.world.steady() + int(PROBE_SECONDS * 1e6), self._leaving)
         finally:
             self._active[name] -= 1
-            self._let_on(name)
+            for _ in range(d.handler.concurrency - self._active[name]):
+                self._let_on(name)
 
     def _let_on(self, name: str) -> None:
         """A handler has room again: the next lane that waited for that may go."""
@@ -755,6 +764,7 @@ class Worker:
             self._stopping = True
             return
         self._stopping = True
+        self._leaving.set()
         self._receiving.cancel()
         for owned in self.owned.values():
             self._drop_queued(owned)

@@ -270,6 +270,8 @@ class Turn:
             self.tx.connection.interrupt()  # in case it is inside a long statement
         with self.lock:
             if block.state == "open":
+                # Whoever runs the others is likely to be as slow: they do not hold the file as well, one after another.
+                self._following = len(self._blocks)
                 block.state = "expired"
                 self.undo(block)
 
