@@ -274,9 +274,3 @@ class Turn:
                 self._following = len(self._blocks)
                 block.state = "expired"
                 self.undo(block)
-
-    def fail_waiting(self, error: BaseException) -> None:
-        for block in self._blocks:
-            if block.state == "waiting":
-                block.state = "withdrawn"
-                block.wake(error)
