@@ -23,9 +23,7 @@ class OrderTotal(Event, view_of="order.OrderCreated"):
     total_cents: int
 
 
-class Ping(
-    Event, topic="pings", type="ping.v1", past_tense=False, rename="camel", forbid_unknown_fields=True
-):
+class Ping(Event, topic="pings", type="ping.v1", past_tense=False, rename="camel", forbid_unknown_fields=True):
     id: str
 
 
