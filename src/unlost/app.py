@@ -30,7 +30,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Store
 from unlost.store.sqlite import SqliteStore
-from unlost.world import REAL, World
+from unlost.world import REAL, Deadlines, World
 
 log = logging.getLogger("unlost.app")
 T = TypeVar("T")
@@ -93,6 +93,7 @@ class App:
         self._portal: _Portal | None = None
         self._portal_lock = threading.Lock()
         self._entered = 0
+        self._deadlines = Deadlines()
         self._workers: list[Worker] = []
         self._stop: asyncio.Event | None = None
 
@@ -255,8 +256,9 @@ class App:
         if not envelopes:
             return []
         seconds = deadline.total_seconds() if isinstance(deadline, timedelta) else deadline
+        limit = self._deadlines.limit(seconds) if asyncio.get_running_loop() is self._loop else asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds):
+            async with limit:
                 return await broker.publish(envelopes)
         except TimeoutError:
             raise _outcome_unknown(envelopes, f"no answer within {seconds:g} s") from None

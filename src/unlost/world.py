@@ -53,20 +53,85 @@ class World:
             return
 
 
+class Deadlines:
+    """Time limits of many short calls in one event loop: one timer looks at all of them now and then.
+
+    `async with deadlines.limit(30):` does what `asyncio.timeout(30)` does at a fraction of its cost, and ends the
+    call up to `LOOK_SECONDS` late.
+    """
+
+    LOOK_SECONDS = 0.1
+
+    def __init__(self) -> None:
+        self._live: set[_Limit] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def limit(self, seconds: float) -> _Limit:
+        return _Limit(self, seconds)
+
+    def add(self, limit: _Limit) -> None:
+        self._live.add(limit)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.LOOK_SECONDS, self._look)
+
+    def drop(self, limit: _Limit) -> None:
+        self._live.discard(limit)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for limit in self._live:
+            if now >= limit.when and not limit.late:
+                limit.late = True
+                limit.task.cancel()
+        again = bool(self._live)
+        self._timer = asyncio.get_running_loop().call_later(self.LOOK_SECONDS, self._look) if again else None
+
+
+class _Limit:
+    __slots__ = ("_cancelling", "_owner", "_seconds", "late", "task", "when")
+
+    def __init__(self, owner: Deadlines, seconds: float) -> None:
+        self._owner = owner
+        self._seconds = seconds
+        self.late = False
+
+    async def __aenter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task, self._cancelling = task, task.cancelling()
+        self.when = time.monotonic() + self._seconds
+        self._owner.add(self)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._owner.drop(self)
+        if self.late and self.task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+
 REAL = World()
 
 _id_lock = threading.Lock()
 _last_id = 0
+_BITS_DRAWN = 256  # a system call for each id would give the interpreter lock away each time
+_bits, _bits_left = b"", 0
+
+
+def _after_fork() -> None:
+    global _id_lock, _bits_left
+    _id_lock = threading.Lock()
+    _bits_left = 0
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def new_id() -> str:
     """A uuid7 as text, strictly increasing within a process (RFC 9562 §6.2, method 3: a wider clock).
 
     48 bits of milliseconds, 12 bits of sub-millisecond time and 62 random bits; when the clock stands
-    still or goes back, the last value plus one is used. After a fork each process goes on with its own
-    random bits, because those are drawn per id.
+    still or goes back, the last value plus one is used. A fork starts the child with random bits of its own.
     """
-    global _last_id
+    global _last_id, _bits, _bits_left
     micros = time.time_ns() // 1000
     millis, rest = divmod(micros, 1000)
     stamp = (millis << 12) | (rest << 2)
@@ -74,7 +139,10 @@ def new_id() -> str:
         if stamp <= _last_id:
             stamp = _last_id + 1
         _last_id = stamp
-    tail = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF
+        if not _bits_left:
+            _bits, _bits_left = os.urandom(8 * _BITS_DRAWN), _BITS_DRAWN
+        _bits_left -= 1
+        tail = int.from_bytes(_bits[8 * _bits_left : 8 * _bits_left + 8], "big") & 0x3FFF_FFFF_FFFF_FFFF
     text = f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0x2 << 62 | tail:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
