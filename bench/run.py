@@ -115,6 +115,7 @@ class Bench:
         python = PEERS_VENV / "bin" / "python"
         if not python.exists():
             subprocess.run([sys.executable, "-m", "venv", str(PEERS_VENV)], check=True)
+            (PEERS_VENV / ".gitignore").write_text("*\n")
         for name in PEERS:
             done = subprocess.run(
                 [str(python), "-m", "pip", "install", "-q", "-c", str(HERE / "constraints.txt"), name],

@@ -142,6 +142,7 @@ class App:
             raise
         self._broker, self._store, self._file = broker, store, file
         self._loop = asyncio.get_running_loop()
+        self._deadlines = Deadlines()  # the timer of an event loop that has ended would never ring
 
     async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
         """What this App says about its topics must be so; where it says nothing, a topic may be as it is."""
