@@ -18,7 +18,6 @@ SETTINGS = {
     "broker": "URL of the broker",
     "store": "URL of the store, or empty: the broker's own file",
     "log": "log level: debug, info, warning, error",
-    "http": "address for health and metrics, or empty: none",
 }
 
 

@@ -67,7 +67,7 @@ def test_control_characters_do_not_reach_the_terminal(shell: Shell) -> None:
 
 def test_data_are_shown_only_as_far_as_the_code_allows(shell: Shell) -> None:
     assert "s3cret" not in shell.quick("tail", "--from", "start").out
-    hidden = shell.quick("tail", "--from", "start", "--data").out
+    hidden = shell("tail", "--from", "start", "--data").out
     assert "s3cret" not in hidden and "(hidden: your code has no class for it; --raw shows it)" in hidden
     redacted = shell.quick("tail", "--from", "start", "--data", "--app", "shop").out
     assert '"email":"***"' in redacted and '"total_cents":39' in redacted and "s3cret" not in redacted

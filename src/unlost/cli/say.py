@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -19,6 +20,15 @@ _ESCAPES = (
     _CONTROL | _BIDI | {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t"} | {n: f"\\u{n:04x}" for n in range(0xD800, 0xE000)}
 )
 _LINES = {n: text for n, text in _ESCAPES.items() if n != 0x0A}
+
+
+interrupted = threading.Event()
+
+
+def interrupt(_signal: int, _frame: object) -> None:
+    """Ctrl-C. The exception may be lost (Python drops those raised in a finalizer); the event is not."""
+    interrupted.set()
+    raise KeyboardInterrupt
 
 
 def clean(text: object, width: int = 0) -> str:

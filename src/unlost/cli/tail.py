@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from unlost import config
 from unlost.cli.options import AppName, BrokerUrl, JsonLines, looking, shown_bytes
-from unlost.cli.say import clean, dim, key_text, note, out, print_json
+from unlost.cli.say import clean, dim, interrupted, key_text, note, out, print_json
 from unlost.errors import UsageError
 from unlost.ops.load import load
 from unlost.ops.publish import shown_data
@@ -67,6 +67,7 @@ def tail(
         load()
     with looking(app, broker) as file:
         source = Tail(file, type=type, key=key)
+        source.stopped = interrupted.is_set
         shown = 0
         try:
             for seen in _events(source, since, follow, limit):

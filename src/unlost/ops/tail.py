@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -43,6 +43,7 @@ class Tail:
         self._numbers: dict[Place, int] = {}
         self._next: dict[Place, int] = {}
         self._known: set[str] = set()
+        self.stopped: Callable[[], bool] = lambda: False
         self._look()
 
     def last(self, count: int) -> list[Seen]:
@@ -64,8 +65,8 @@ class Tail:
         yield from heapq.merge(*(one(place) for place in self._numbers), key=_time)
 
     def follow(self) -> Iterator[Seen]:
-        """Those that come from now on, until the caller stops asking."""
-        while True:
+        """Those that come from now on, until the caller stops asking (or `stopped` says so)."""
+        while not self.stopped():
             self._look()
             fresh: list[Seen] = []
             for place in self._numbers:
