@@ -257,14 +257,17 @@ class App:
         if not envelopes:
             return []
         seconds = deadline.total_seconds() if isinstance(deadline, timedelta) else deadline
-        limit = self._deadlines.limit(seconds) if asyncio.get_running_loop() is self._loop else asyncio.timeout(seconds)
+        ours = asyncio.get_running_loop() is self._loop
+        limit = (self._deadlines if ours else Deadlines()).start(seconds)
         try:
-            async with limit:
-                return await broker.publish(envelopes)
-        except TimeoutError:
-            raise _outcome_unknown(envelopes, f"no answer within {seconds:g} s") from None
+            return await broker.publish(envelopes)
         except asyncio.CancelledError:
-            raise _outcome_unknown(envelopes, "the call was cancelled") from None
+            late = limit.passed()
+            raise _outcome_unknown(
+                envelopes, f"no answer within {seconds:g} s" if late else "the call was cancelled"
+            ) from None
+        finally:
+            limit.end()
 
     def _in_loop(self, call: Coroutine[Any, Any, T]) -> T:
         loop = self._loop

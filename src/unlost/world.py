@@ -14,6 +14,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Any
 
 
 class World:
@@ -56,26 +57,33 @@ class World:
 class Deadlines:
     """Time limits of many short calls in one event loop: one timer looks at all of them now and then.
 
-    `async with deadlines.limit(30):` does what `asyncio.timeout(30)` does at a fraction of its cost, and ends the
-    call up to `LOOK_SECONDS` late.
+    A limit does what `asyncio.timeout` does at a fraction of its cost, and ends the call up to `LOOK_SECONDS` late.
+
+    Example:
+        limit = deadlines.start(30)
+        try:
+            await something()
+        except asyncio.CancelledError:
+            if limit.passed(): ...  # it was our limit, not somebody else's cancellation
+        finally:
+            limit.end()
     """
 
     LOOK_SECONDS = 0.1
 
     def __init__(self) -> None:
-        self._live: set[_Limit] = set()
+        self._live: set[Limit] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def limit(self, seconds: float) -> _Limit:
-        return _Limit(self, seconds)
-
-    def add(self, limit: _Limit) -> None:
+    def start(self, seconds: float) -> Limit:
+        """Limits the calling task from now on."""
+        task = asyncio.current_task()
+        assert task is not None
+        limit = Limit(self._live, task, time.monotonic() + seconds)
         self._live.add(limit)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self.LOOK_SECONDS, self._look)
-
-    def drop(self, limit: _Limit) -> None:
-        self._live.discard(limit)
+        return limit
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -87,25 +95,27 @@ class Deadlines:
         self._timer = asyncio.get_running_loop().call_later(self.LOOK_SECONDS, self._look) if again else None
 
 
-class _Limit:
-    __slots__ = ("_cancelling", "_owner", "_seconds", "late", "task", "when")
+class Limit:
+    __slots__ = ("_cancelling", "_live", "late", "task", "when")
 
-    def __init__(self, owner: Deadlines, seconds: float) -> None:
-        self._owner = owner
-        self._seconds = seconds
+    def __init__(self, live: set[Limit], task: asyncio.Task[Any], when: float) -> None:
+        self._live = live
+        self.task = task
+        self.when = when
         self.late = False
+        self._cancelling = task.cancelling()
 
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.task, self._cancelling = task, task.cancelling()
-        self.when = time.monotonic() + self._seconds
-        self._owner.add(self)
+    def passed(self) -> bool:
+        """After a CancelledError: was it this limit, and nobody else?"""
+        if not self.late:
+            return False
+        self.late = False
+        return self.task.uncancel() <= self._cancelling
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._owner.drop(self)
-        if self.late and self.task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
-            raise TimeoutError from error
+    def end(self) -> None:
+        self._live.discard(self)
+        if self.late:  # cancelled, but the call had its answer already
+            self.task.uncancel()
 
 
 REAL = World()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 
-from unlost.world import REAL, World, new_id, rfc3339
+from unlost.sqlite.guards import open_lock
+from unlost.world import REAL, Deadlines, World, new_id, rfc3339
 
 
 def test_ids_are_uuid7_and_increase() -> None:
@@ -41,3 +45,51 @@ async def test_waiting_ends_at_its_time_or_when_it_is_woken() -> None:
         await REAL.wait_until(REAL.steady() - 1, wake)
         asyncio.get_running_loop().call_soon(wake.set)
         await REAL.wait_until(REAL.steady() + 3_600_000_000, wake)
+
+
+async def test_a_limit_ends_a_call_and_leaves_other_cancellations_alone() -> None:
+    deadlines = Deadlines()
+    limit = deadlines.start(0.01)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.sleep(30)
+    assert limit.passed()
+    limit.end()
+    await asyncio.sleep(0)  # nothing of it is left
+
+    async def cancelled_by_somebody() -> bool:
+        inner = deadlines.start(30)
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            return inner.passed()
+        finally:
+            inner.end()
+        return True
+
+    task = asyncio.create_task(cancelled_by_somebody())
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await task is False
+
+
+def test_deadlines_work_in_a_second_event_loop(tmp_path: Path) -> None:
+    from unlost import App, Event, OutcomeUnknown
+
+    class OrderPlaced(Event, key="order_id"):
+        order_id: str
+
+    app = App(broker=f"embedded://{tmp_path / 'e.db'}")
+
+    async def late() -> None:
+        async with app:
+            await app.publish(OrderPlaced(order_id="a"))
+            lock = open_lock(tmp_path / "e.lock")
+            fcntl.flock(lock, fcntl.LOCK_EX)  # as a process that was stopped inside a commit
+            try:
+                with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.2 s"):
+                    await app.publish(OrderPlaced(order_id="b"), deadline=0.2)
+            finally:
+                os.close(lock)
+
+    asyncio.run(late())
+    asyncio.run(late())

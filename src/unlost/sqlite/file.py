@@ -222,10 +222,14 @@ class File:
 
         `work` may raise an `UnlostError` before it has written anything; then only this call fails.
         """
+        return await self.submit(work)
+
+    def submit(self, work: Callable[[Transaction], T]) -> asyncio.Future[T]:
+        """The same, without waiting: the future of the running event loop gets the result."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._submit(_Operation(work, future, loop))
-        return await future
+        return future
 
     def write_sync(self, work: Callable[[Transaction], T], timeout: float | None = 60.0) -> T:
         """The same for a thread without an event loop."""
@@ -358,11 +362,12 @@ class File:
             if others := [item for item in group if not isinstance(item, Block)]:
                 self._commit(others)
             return
+        if news:  # the others first: they can begin while our own are told
+            self._bell.ring()
         _tell(group, error)
         if news:
             for listener in tuple(self._listeners):
                 listener()
-            self._bell.ring()
 
     def _run_operations(self, part: Sequence[_Operation]) -> None:
         """Runs them under one savepoint; if one of them fails half-way, each again under its own."""

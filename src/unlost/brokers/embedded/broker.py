@@ -7,6 +7,8 @@ in its hands are delivered again by whoever takes its partitions.
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import apsw
 
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.embedded.publisher import Publisher
 from unlost.brokers.embedded.trim import trim
 from unlost.brokers.port import Abilities, Receipt
 from unlost.config import duration
@@ -40,6 +43,7 @@ class EmbeddedBroker:
 
     def __init__(self, file: File) -> None:
         self.file = file
+        self._publishers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Publisher] = weakref.WeakKeyDictionary()
 
     async def open(self) -> None:
         return None
@@ -73,11 +77,11 @@ class EmbeddedBroker:
                     "UL1012", f"an event has at most {MAX_EVENT_BYTES} bytes", found=f"{len(e.data)} bytes in {e.id}",
                     fix="put the large part elsewhere, and a reference to it into the event",
                 )  # fmt: skip
-        places = await self.file.write(lambda tx: tx.append(envelopes))
-        return [
-            Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
-            for e, p in zip(envelopes, places, strict=True)
-        ]
+        loop = asyncio.get_running_loop()
+        publisher = self._publishers.get(loop)
+        if publisher is None:
+            publisher = self._publishers[loop] = Publisher(self.file, loop)
+        return await publisher.publish(envelopes)
 
     async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:
         member = EmbeddedMember(self.file, service, topics)
