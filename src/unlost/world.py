@@ -123,7 +123,8 @@ REAL = World()
 _id_lock = threading.Lock()
 _last_id = 0
 _BITS_DRAWN = 256  # a system call for each id would give the interpreter lock away each time
-_bits, _bits_left = b"", 0
+_bits, _bits_left = "", 0
+_VARIANT = {digit: "89ab"[int(digit, 16) & 3] for digit in "0123456789abcdef"}  # its two bits, and two of chance
 
 
 def _after_fork() -> None:
@@ -150,11 +151,11 @@ def new_id() -> str:
             stamp = _last_id + 1
         _last_id = stamp
         if not _bits_left:
-            _bits, _bits_left = os.urandom(8 * _BITS_DRAWN), _BITS_DRAWN
+            _bits, _bits_left = os.urandom(8 * _BITS_DRAWN).hex(), _BITS_DRAWN
         _bits_left -= 1
-        tail = int.from_bytes(_bits[8 * _bits_left : 8 * _bits_left + 8], "big") & 0x3FFF_FFFF_FFFF_FFFF
-    text = f"{(stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0x2 << 62 | tail:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        bits = _bits[16 * _bits_left : 16 * _bits_left + 16]
+    clock = f"{stamp:015x}"
+    return f"{clock[:8]}-{clock[8:12]}-7{clock[12:]}-{_VARIANT[bits[0]]}{bits[1:4]}-{bits[4:]}"
 
 
 def rfc3339(micros: int) -> str:

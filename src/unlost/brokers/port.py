@@ -44,7 +44,7 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
     commits_with_store: bool  # publishing and settling can be one commit
 
 
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Proof that an event is durable: where it stands in the log."""
 
     id: str

@@ -288,7 +288,7 @@ def _table(found: Sequence[DeadLetter]) -> list[str]:
         [
             str(x.number), clean(x.service, 20), clean(x.type.rpartition(".")[2], 24), clean(key_text(x.key), 20),
             x.reason + (" (" + x.request + " requested)" if x.request else ""), span((now - x.died) / 1e6),
-            clean(x.error, 60),
+            clean(" ".join(x.error.split()), 60),
         ]
         for x in found
     ]  # fmt: skip
@@ -309,9 +309,9 @@ def _print_letter(x: DeadLetter, show: str) -> None:
     if x.request:
         lines.append(("requested", f"{x.request}; the process that has the partition will do it"))
     for name, text in lines:
-        out(f"  {name:<10} {clean(text)}")
+        out(f"  {name:<10} {clean(' '.join(text.split()))}")
     for attempt in x.attempts:
-        out(f"  attempt {attempt.number:<2} {rfc3339(attempt.at)}  {clean(attempt.error)}")
+        out(f"  attempt {attempt.number:<2} {rfc3339(attempt.at)}  {clean(' '.join(attempt.error.split()))}")
     for line in x.stack.rstrip().splitlines():
         out(dim(f"    {clean(line)}"))
     if show == "raw":

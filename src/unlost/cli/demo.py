@@ -21,7 +21,8 @@ def demo(
         int, Parameter(show_default=True, help="Repeats a run: the same seed kills at the same times.")
     ] = 42,
     break_: Annotated[
-        str | None, Parameter(name="--break", help="Run with a classic bug; the audit names what it lost (exit 3).")
+        str | None,
+        Parameter(name="--break", help="Run with a classic bug, such as ack-first (a wrong name lists all); exit 3."),
     ] = None,
     folder: Annotated[Path | None, Parameter(help="Where to run it. Else ./unlost-demo.")] = None,
     json: Json = False,

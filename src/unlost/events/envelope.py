@@ -24,7 +24,7 @@ _RESERVED_HEADERS = ("ce_", "ce-", "cloudevents", "unlost")
 _RESERVED_NAMES = {"content-type", "traceparent", "tracestate"}
 
 
-class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One event as it is accepted, stored and delivered: CloudEvents attributes, key and data bytes.
 
     `time` is when the fact occurred, `recordedtime` when the broker took it (both RFC 3339).

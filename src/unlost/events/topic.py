@@ -47,7 +47,7 @@ class Unit(NamedTuple):
         return f"{self.service} {self.topic}/{self.partition}"
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """An event as it was received. `envelope` is None when its bytes are no event; `problem` says why."""
 
     position: int

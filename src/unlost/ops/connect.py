@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from unlost import config
 from unlost.brokers.connect import embedded_path
@@ -20,11 +20,12 @@ def opened(url: str | None = None) -> Iterator[File]:
     """
     setting = config.setting("broker", flag=url)
     path = embedded_path(setting.value)
-    if not path.exists() and not path.with_suffix(".marks").exists():
-        raise UsageError(
-            "UL1301", f"there is no broker file at {path}", found=f"from {setting.source}",
-            fix="start a service first (unlost run), change to the project's folder, or set UNLOST_BROKER",
-        )  # fmt: skip
+    with suppress(PermissionError):  # opening it says that better
+        if not path.exists() and not path.with_suffix(".marks").exists():
+            raise UsageError(
+                "UL1301", f"there is no broker file at {path}", found=f"from {setting.source}",
+                fix="start a service first (unlost run), change to the project's folder, or set UNLOST_BROKER",
+            )  # fmt: skip
     file = File(path, check_tail=False)
     try:
         yield file

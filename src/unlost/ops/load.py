@@ -44,7 +44,7 @@ def load(spec: str | None = None, *, broker: str | None = None) -> Loaded:
         raise UsageError(
             "UL1310", "no App was named",
             found="none of: the command line, --app, UNLOST_APP, [tool.unlost] app in pyproject.toml",
-            fix=f"unlost run {near[0]}" if near else "unlost run hello, where hello.py makes the App",
+            fix=f"unlost run {near[0]}; other commands: --app {near[0]}" if near else "unlost run hello, where hello.py makes the App",
         )  # fmt: skip
     source = "" if spec is not None else f" (from {found.source})"
     name, attribute = _split(found.value)

@@ -106,6 +106,8 @@ def _convert(cls: type[Event], name: str, text: str, hint: Any) -> Any:
         problem = str(e)
     try:
         return msgspec.json.decode(text, type=hint)
+    except msgspec.ValidationError as e:
+        problem = str(e) if text.startswith(("[", "{")) else problem
     except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError):
         pass  # the first problem says more
     if name in sensitive_fields(cls):

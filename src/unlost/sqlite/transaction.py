@@ -6,6 +6,7 @@ and the position" can be one commit.
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from unlost.world import World, new_id
 
 PARTITIONS = 8  # of a topic for which nothing else was said
 _COLUMNS = 7
+_NUMBERS = struct.Struct("<qqq").pack
 _CHUNKS = (256, 64, 16, 4, 1)
 _INSERT = {
     n: "insert into unlost_log (at, head, key, data, recorded, digest, crc) values " + ",".join(["(?,?,?,?,?,?,?)"] * n)
@@ -61,13 +63,13 @@ class LogRow(NamedTuple):
 
 def row_crc(at: int, head: bytes, key: bytes | None, data: bytes | None, recorded: int, digest: int) -> int:
     try:
-        crc = zlib.crc32(b"%d %d %d" % (at, recorded, digest))
+        crc = zlib.crc32(_NUMBERS(at, recorded, digest))
         crc = zlib.crc32(head, crc)
         if key is not None:
             crc = zlib.crc32(key, crc)
         if data is not None:
             crc = zlib.crc32(data, crc)
-    except TypeError:
+    except (TypeError, struct.error):
         return -1  # a column of another type: somebody else wrote it, and no checksum is negative
     return crc
 

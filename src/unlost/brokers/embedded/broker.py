@@ -8,7 +8,6 @@ in its hands are delivered again by whoever takes its partitions.
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ class EmbeddedBroker:
 
     def __init__(self, file: File) -> None:
         self.file = file
-        self._publishers: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Publisher] = weakref.WeakKeyDictionary()
+        self._publisher: Publisher | None = None
 
     async def open(self) -> None:
         return None
@@ -77,10 +76,10 @@ class EmbeddedBroker:
                     "UL1012", f"an event has at most {MAX_EVENT_BYTES} bytes", found=f"{len(e.data)} bytes in {e.id}",
                     fix="put the large part elsewhere, and a reference to it into the event",
                 )  # fmt: skip
-        loop = asyncio.get_running_loop()
-        publisher = self._publishers.get(loop)
-        if publisher is None:
-            publisher = self._publishers[loop] = Publisher(self.file, loop)
+        publisher = self._publisher
+        if publisher is None or publisher.loop is not asyncio.get_running_loop():
+            # Several event loops on one broker are rare; each call then makes its own, which is as right, and slower.
+            publisher = self._publisher = Publisher(self.file, asyncio.get_running_loop())
         return await publisher.publish(envelopes)
 
     async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:

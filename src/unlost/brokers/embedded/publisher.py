@@ -24,13 +24,13 @@ class Publisher:
 
     def __init__(self, file: File, loop: asyncio.AbstractEventLoop) -> None:
         self._file = file
-        self._loop = loop
+        self.loop = loop
         self._calls: _Calls = []
 
     def publish(self, envelopes: Sequence[Envelope]) -> asyncio.Future[list[Receipt]]:
         if not self._calls:
-            self._loop.call_soon(self._send)
-        future: asyncio.Future[list[Receipt]] = self._loop.create_future()
+            self.loop.call_soon(self._send)
+        future: asyncio.Future[list[Receipt]] = self.loop.create_future()
         self._calls.append((envelopes, future))
         return future
 
@@ -55,8 +55,8 @@ class Publisher:
             places = iter(done.result())
             for envelopes, future in calls:
                 receipts = [
-                    Receipt(id=e.id, topic=e.topic, partition=p.partition, position=p.position, recorded=p.recorded)
-                    for e, p in zip(envelopes, places, strict=False)
+                    Receipt(id=e.id, topic=e.topic, partition=partition, position=position, recorded=recorded)
+                    for e, (partition, position, recorded) in zip(envelopes, places, strict=False)
                 ]
                 if not future.done():
                     future.set_result(receipts)
