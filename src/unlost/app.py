@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import hashlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import apsw
 
@@ -27,13 +28,13 @@ from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, Event, check_name, seal
 from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
+from unlost.sqlite.guards import after_fork
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Store
 from unlost.store.sqlite import SqliteStore
 from unlost.world import REAL, Deadlines, World
 
 log = logging.getLogger("unlost.app")
-T = TypeVar("T")
 
 PUBLISH_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -92,7 +93,9 @@ class App:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._portal: _Portal | None = None
         self._portal_lock = threading.Lock()
+        self._pid = 0  # of the process that connected
         self._entered = 0
+        self._entering = threading.Lock()
         self._deadlines = Deadlines()
         self._workers: list[Worker] = []
         self._stop: asyncio.Event | None = None
@@ -104,15 +107,27 @@ class App:
 
     async def __aenter__(self) -> App:
         """Connects; runs no service."""
-        if self._entered == 0:
-            await self._connect()
-        self._entered += 1
+        async with self._gate():
+            if self._file is None:
+                await self._connect()
+            self._entered += 1
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self._entered -= 1
-        if self._entered == 0:
-            await self._disconnect()
+        async with self._gate():
+            if self._entered == 0:
+                await self._disconnect()
+
+    @contextlib.asynccontextmanager
+    async def _gate(self) -> AsyncIterator[None]:
+        """Who enters while another one is still connecting, perhaps in another event loop, shares that connection."""
+        while not self._entering.acquire(blocking=False):  # noqa: ASYNC110 - no lock of asyncio serves two event loops
+            await asyncio.sleep(0.005)
+        try:
+            yield
+        finally:
+            self._entering.release()
 
     async def _connect(self) -> None:
         self.url = config.setting("broker", code=self.broker_url).value
@@ -142,6 +157,7 @@ class App:
             raise
         self._broker, self._store, self._file = broker, store, file
         self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
         self._deadlines = Deadlines()  # the timer of an event loop that has ended would never ring
 
     async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
@@ -244,8 +260,11 @@ class App:
             raise UsageError(
                 "UL1236", "publish_sync would block this event loop", fix="inside async code: await app.publish(event)"
             )
+        if self._loop is not None and os.getpid() != self._pid:
+            raise after_fork()  # the thread that would answer is the parent's
+        loop = self._loop or self._own_loop()
         call = self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline)
-        return self._in_loop(call)
+        return asyncio.run_coroutine_threadsafe(call, loop).result()
 
     async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
         """Publishes ready-made envelopes (for tools; programs publish typed events)."""
@@ -269,14 +288,11 @@ class App:
         finally:
             limit.end()
 
-    def _in_loop(self, call: Coroutine[Any, Any, T]) -> T:
-        loop = self._loop
-        if loop is None:
-            with self._portal_lock:
-                if self._portal is None:
-                    self._portal = _Portal(self)
-                loop = self._portal.loop
-        return asyncio.run_coroutine_threadsafe(call, loop).result()
+    def _own_loop(self) -> asyncio.AbstractEventLoop:
+        with self._portal_lock:
+            if self._portal is None:
+                self._portal = _Portal(self)
+            return self._portal.loop
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -306,7 +322,7 @@ class App:
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 self._workers = []
             for error in (*ended, self.file.broken):
-                if isinstance(error, Exception):
+                if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
                     raise error
 
     async def _keep_house(self) -> None:
@@ -369,14 +385,18 @@ class _Portal:
             try:
                 await app.__aenter__()
             except BaseException as e:
+                await self.loop.shutdown_default_executor()
+                self.loop.stop()
                 started.set_exception(e)
             else:
                 started.set_result(None)
 
         def run() -> None:
             asyncio.set_event_loop(self.loop)
-            self.loop.create_task(connect())
+            connecting = self.loop.create_task(connect())
             self.loop.run_forever()
+            del connecting
+            self.loop.close()  # it could not connect: the next call makes another one
 
         threading.Thread(target=run, name="unlost-portal", daemon=True).start()
         started.result()
@@ -390,7 +410,8 @@ def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:
             future.set_result(None)
 
     def report(_error: UnlostError) -> None:
-        loop.call_soon_threadsafe(set_once)
+        with contextlib.suppress(RuntimeError):  # that loop has ended: nobody serves any more
+            loop.call_soon_threadsafe(set_once)
 
     return report
 

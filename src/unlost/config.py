@@ -12,6 +12,7 @@ from typing import NamedTuple
 from unlost.errors import UsageError
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_SECONDS_MAX = 300 * 366 * 86400.0  # in microseconds it still fits into every column
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 SETTINGS = {
     "app": "where the App is: module:attribute, or a module that has one App",
@@ -25,15 +26,15 @@ def duration(value: str | float | timedelta) -> float:
     """Seconds. In Python a number (seconds) or a timedelta; text such as "200ms", "5m", "30d" from outside.
 
     Raises:
-        UsageError: the text is no duration.
+        UsageError: the text is no duration, or the number is no time (not finite, or centuries).
 
     Example:
         >>> duration("200ms"), duration("5m")
         (0.2, 300.0)
     """
     if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, str):
+        value = value.total_seconds()
+    elif isinstance(value, str):
         match = _DURATION.fullmatch(value.lower())
         if match is None or (match[2] and match[2] not in _UNITS):
             raise UsageError(
@@ -42,7 +43,9 @@ def duration(value: str | float | timedelta) -> float:
                 found=repr(value),
                 fix='write "200ms", "30s", "5m", "12h", "30d"',
             )
-        return float(match[1]) * _UNITS[match[2] or "s"]
+        value = float(match[1]) * _UNITS[match[2] or "s"]
+    if not abs(value) <= _SECONDS_MAX:  # also not a number
+        raise UsageError("UL1150", "a duration is a number of seconds", found=repr(value), fix="300 years at most")
     return float(value)
 
 

@@ -47,7 +47,7 @@ def found(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 def alive(folder: Path) -> bool:
     """Whether any process has the demo's file open."""
-    run = folder / "unlost-demo" / ".unlost" / "run"
+    run = folder / "unlost-demo" / ".unlost" / "events.db.run"
     return any(examine(run, path.stem).alive for path in run.glob("*.process"))
 
 

@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 import sqlite3
+import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -174,7 +175,7 @@ def read_tables(path: Path) -> tuple[dict[str, Any], list[str]]:
             )
             if digest != digests[where]:
                 wrong.append(f"the digest of {where}:{position} is not that of the events before it")
-            whole = b"%d %d %d" % (at, recorded, digest) + head + (key or b"") + (data or b"")
+            whole = struct.pack("<3q", at, recorded, digest) + head + (key or b"") + (data or b"")
             if crc != zlib.crc32(whole):
                 wrong.append(f"the checksum of {where}:{position} is wrong")
             rows.append((meta["id"], key, data))
@@ -663,7 +664,7 @@ def test_the_disk_is_repeatable_and_really_loses(tmp_path: Path) -> None:
         live = {p.name: p.read_bytes() for p in work.path.parent.iterdir() if p.suffix in (".db", ".marks", ".db-wal")}
         kinds = {op.kind for op in disk.log}
         assert kinds >= {"write", "truncate", "sync", "sync folder"}, kinds
-        assert {op.name for op in disk.log} >= {"events.db", "events.db-wal", "events.marks"}
+        assert {op.name for op in disk.log} >= {"events.db", "events.db-wal", "events.db.marks"}
         different = sum(disk.survivors(at, 1) != disk.survivors(at, 2) for at in range(0, end, 7))
         assert different > 20, "most moments have more than one outcome"
         resets = [op for op in disk.log if op.name.endswith("-wal") and op.kind == "write" and op.at == 0]

@@ -176,3 +176,13 @@ def test_two_classes_of_one_name(shell: Shell) -> None:
     result = shell("publish", "Placed", "id=1", "--app", "two")
     assert result.code == 2 and "UL1321" in result.err and "b.Placed, id.Placed" in result.err, result
     shell.ok("publish", "b.Placed", "id=1", "--app", "two")
+
+
+def test_a_reader_who_leaves_does_not_stop_the_publishing(shell: Shell) -> None:
+    lines = "".join(f'{{"order_id": "A{n}", "total_cents": 1}}\n' for n in range(2000))
+    command = f"{sys.executable} -m unlost publish OrderPlaced - --app shop | head -1"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=shell.folder, input=lines, capture_output=True, text=True, timeout=60
+    )
+    assert "2,000 events published" in done.stderr, done
+    assert len(done.stdout.splitlines()) == 1

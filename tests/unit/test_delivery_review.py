@@ -24,7 +24,7 @@ from unlost.events.topic import Topic
 from unlost.ops.books import books
 from unlost.ops.shelf import letters
 from unlost.sqlite.file import File
-from unlost.sqlite.turn import Block, Guard, Turn
+from unlost.sqlite.turn import Block
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import running
 from unlost.world import REAL
@@ -53,10 +53,15 @@ async def test_declaring_a_topic_does_not_drop_what_its_neighbours_in_the_commit
     try:
         broker = EmbeddedBroker(file)
         await broker.declare([Topic("order", partitions=1)])
-        envelopes = [seal(Placed(order_id="a", n=n), source="app", now=REAL.now()) for n in range(40)]
-        published = [broker.publish([e]) for e in envelopes[:20]]
-        after = [broker.publish([e]) for e in envelopes[20:]]
-        await asyncio.gather(*published, broker.declare([Topic("order", partitions=1, retention="30d")]), *after)
+        envelopes = [seal(Placed(order_id="a", n=n), source="app", now=REAL.now()) for n in range(3)]
+        go = threading.Event()
+        held = file.submit(lambda tx: go.wait(10))  # what is asked for meanwhile shares the next commit
+        before = file.submit(lambda tx: tx.append(envelopes[:2]))
+        declared = asyncio.create_task(broker.declare([Topic("order", partitions=1, retention="30d")]))
+        await asyncio.sleep(0)
+        after = file.submit(lambda tx: tx.append(envelopes[2:]))
+        go.set()
+        await asyncio.gather(held, before, declared, after)
         there = await broker.read("order", 0, 0, 100)
         assert [a.envelope.id for a in there if a.envelope] == [e.id for e in envelopes]
     finally:
@@ -81,6 +86,8 @@ async def test_a_mark_stays_while_a_duplicate_of_its_event_has_not_been_handled(
         await t.publish(Placed(order_id="a", n=1))
         await t.publish(Placed(order_id="a", n=0), id="same")
         await t.settled()
+        await t.scale(0)  # what a process remembers by itself is gone
+        await t.scale(1)
         t.advance(6)
         await trim(t.app.file)
         await t.discard(t.dead(handle))
@@ -110,9 +117,11 @@ async def test_a_handler_that_cancels_its_own_task_does_not_take_the_runner_away
             task.cancel()
 
     async with running(App(service)) as t:
-        await t.publish_all([Placed(order_id="a", n=n) for n in range(5)])
-        await t.settled(20)
+        for n in range(5):
+            await t.publish(Placed(order_id="a", n=n))
+            await t.settled(20)
         assert seen == [0, 1, 2, 3, 4]
+        assert [letter.error_type for letter in t.dead_letters()] == ["CancelledError"] * 3
 
 
 class Mute(Exception):
@@ -120,7 +129,7 @@ class Mute(Exception):
         raise RuntimeError("no text")
 
 
-@pytest.mark.parametrize("error", [Mute(), ValueError("bytes of a file name: \udcff"), ValueError("nul \0")])
+@pytest.mark.parametrize("error", [Mute(), ValueError("bytes of a file name: \udcff"), ValueError("nul \0")], ids=type)
 async def test_an_error_whose_text_cannot_be_made_or_stored_is_a_failure_like_any_other(error: Exception) -> None:
     service = Service("s", retry=Retry(attempts=2, first=0))
 
@@ -231,7 +240,7 @@ async def test_a_full_disk_does_not_keep_a_service_from_stopping(
     async def handle(e: Placed) -> None:
         seen.append(e.n)
 
-    monkeypatch.setattr("unlost.app.STOP_SECONDS", 0.5)
+    monkeypatch.setattr(worker, "SAVE_SECONDS", 0.5)
     trouble = Trouble(monkeypatch, SqliteStore, "settle")
     app = App(service, broker=f"embedded://{tmp_path / 'events.db'}")
     async with app:
@@ -308,7 +317,7 @@ def test_a_block_that_is_given_up_while_it_is_opened_does_not_hold_the_file_for_
         @state.setter
         def state(self, new: str) -> None:
             if new == "withdrawn" and threading.current_thread() is not file._thread:
-                opened.wait(5)
+                opened.wait(0.5)
             self._state = new
 
     opened = threading.Event()

@@ -735,7 +735,7 @@ def test_a_forked_child_does_not_keep_its_parent_alive(tmp_path: Path) -> None:
     name = process.stdout.readline().strip()
     assert process.wait(60) == -signal.SIGKILL
     assert name
-    until(lambda: not examine(tmp_path / "run", name).alive, "the child lets go as soon as it runs")
+    until(lambda: not examine(tmp_path / "events.db.run", name).alive, "the child lets go as soon as it runs")
     file = File(tmp_path / "events.db")  # and its write lock is free
     file.close()
     process.communicate()
@@ -755,5 +755,5 @@ def test_a_new_process_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:
         assert process.returncode == -signal.SIGKILL
     file = File(tmp_path / "events.db")
     assert rows(file, "select count(*), max(slot) from unlost_process") == [(1, 0)]
-    assert [p.stem for p in (tmp_path / "run").glob("*.process")] == [file.process_id]
+    assert [p.stem for p in (tmp_path / "events.db.run").glob("*.process")] == [file.process_id]
     file.close()

@@ -22,6 +22,7 @@ from unlost.errors import Damaged, Unavailable, UnlostError, UsageError
 from unlost.sqlite import file as file_module
 from unlost.sqlite import guards
 from unlost.sqlite.file import File
+from unlost.sqlite.guards import beside
 
 NOBODY = 65534
 
@@ -192,8 +193,16 @@ def test_a_newer_format_is_refused(path: Path) -> None:
 @pytest.mark.parametrize("content", [b"hello, world\n" * 50, b"\0" * 8192, random.Random(1).randbytes(8192)])
 def test_a_file_of_something_else_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    refused(path, Damaged, "UL3004")
+    refused(path, UsageError, "UL1111", "choose another path")
     assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path], "nothing is put beside a file that is not ours"
+
+
+def test_a_file_of_ours_whose_header_is_gone_is_damaged(path: Path) -> None:
+    make(path, 3)
+    path.write_bytes(b"hello, world\n" * 50)
+    path.with_name("events.db-wal").unlink()  # it holds the first page, too
+    refused(path, Damaged, "UL3004")
 
 
 def test_an_empty_file_becomes_a_new_one(path: Path) -> None:
@@ -214,7 +223,7 @@ def test_another_stores_file_is_refused(path: Path, tmp_path: Path) -> None:
     for suffix in ("", "-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     shutil.copy(tmp_path / "b" / "events.db", path)
-    refused(path, Damaged, "UL3003", "events.marks")
+    refused(path, Damaged, "UL3003", "events.db.marks")
 
 
 def test_an_older_copy_is_refused(path: Path, tmp_path: Path) -> None:
@@ -224,9 +233,9 @@ def test_an_older_copy_is_refused(path: Path, tmp_path: Path) -> None:
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     shutil.copy(tmp_path / "backup", path)
-    error = refused(path, Damaged, "UL3002", "newest copy", "events.marks")
+    error = refused(path, Damaged, "UL3002", "newest copy", "events.db.marks")
     assert error.exit_code == 3
-    path.with_suffix(".marks").unlink()  # the way out that it names
+    beside(path, "marks").unlink()  # the way out that it names
     assert len(read_all(path)) == 5
 
 
@@ -238,7 +247,7 @@ def copy_of(folder: Path, to: Path) -> Path:
         shutil.rmtree(to)
     to.mkdir()
     for name in folder.glob("events.*"):
-        if name.suffix != ".lock":
+        if name.suffix != ".lock" and name.is_file():
             shutil.copy(name, to / name.name)
     (to / "events.db-shm").unlink(missing_ok=True)
     return to / "events.db"
@@ -375,7 +384,7 @@ def open_place() -> Iterator[Path]:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become nobody")
-@pytest.mark.parametrize("name", ["events.db", "events.lock", "events.marks", "run", "."])
+@pytest.mark.parametrize("name", ["events.db", "events.db.lock", "events.db.marks", "events.db.run", "."])
 def test_missing_rights_are_explained(open_place: Path, name: str) -> None:
     place = open_place
     path = place / "events.db"
@@ -387,7 +396,7 @@ def test_missing_rights_are_explained(open_place: Path, name: str) -> None:
     os.chown(victim, 0, 0)
     victim.chmod(0o500 if victim.is_dir() else 0o400)
     if name == ".":
-        path.with_suffix(".lock").unlink()
+        beside(path, "lock").unlink()
     said = as_nobody(path)
     assert said.startswith("UL1123 2 check the owner"), said
 
@@ -431,9 +440,10 @@ def test_a_file_locked_by_another_program_is_explained(path: Path, monkeypatch: 
 def test_a_held_write_lock_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_module, "OPEN_SECONDS_MAX", 0.05)
     make(path, 3)
-    lock = guards.open_lock(path.with_suffix(".lock"))
+    lock = guards.open_lock(beside(path, "lock"))
     guards.lock_within(lock, 1, path)
-    refused(path, Unavailable, "UL2010", "SIGSTOP")
+    with pytest.raises(Unavailable, match=r"(?s)UL2010.*SIGSTOP"):
+        File(path)
     os.close(lock)
     assert len(read_all(path)) == 3
 
@@ -441,7 +451,7 @@ def test_a_held_write_lock_is_explained(path: Path, monkeypatch: pytest.MonkeyPa
 def test_everything_is_private(path: Path) -> None:
     file = File(path)
     try:
-        for item in (path, *path.parent.glob("events*"), *(path.parent / "run").iterdir()):
+        for item in (path, *path.parent.glob("events*"), *(beside(path, "run")).iterdir()):
             assert item.stat().st_mode & 0o077 == 0, item
     finally:
         file.close()
@@ -461,7 +471,7 @@ def test_a_link_is_followed_for_everything(path: Path, tmp_path: Path) -> None:
     path.symlink_to(real)
     file = File(path)
     assert file.path == real
-    assert file.marks_path == real.with_suffix(".marks")
+    assert file.marks_path == beside(real, "marks")
     file.close()
 
 

@@ -83,7 +83,7 @@ def test_deadlines_work_in_a_second_event_loop(tmp_path: Path) -> None:
     async def late() -> None:
         async with app:
             await app.publish(OrderPlaced(order_id="a"))
-            lock = open_lock(tmp_path / "e.lock")
+            lock = open_lock(tmp_path / "e.db.lock")
             fcntl.flock(lock, fcntl.LOCK_EX)  # as a process that was stopped inside a commit
             try:
                 with pytest.raises(OutcomeUnknown, match=r"no answer within 0\.2 s"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import cyclopts
 
-from unlost.cli.say import clean_lines, note, print_error, red
+from unlost.cli.say import clean_lines, nobody_reads, note, print_error, red
 from unlost.errors import UnlostError, UsageError
 
 INTERRUPTED = 130
@@ -179,5 +179,5 @@ def _open_standard_streams() -> None:
 
 def _broken_pipe() -> int:
     """Whoever read our output has left (`unlost tail | head`): that is no error."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nobody_reads()
     return 0

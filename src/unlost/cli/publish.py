@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from unlost.app import App
 from unlost.brokers.port import Receipt
 from unlost.cli.options import AppName, BrokerUrl, JsonLines, count
-from unlost.cli.say import clean, clean_lines, note, out, print_json, red
+from unlost.cli.say import clean, clean_lines, nobody_reads, note, out, print_json, red
 from unlost.errors import UnlostError, UsageError
 from unlost.events import Envelope, Event, seal
 from unlost.ops.load import load
@@ -151,9 +151,12 @@ class _Lines:
         if batch:
             receipts = runner.run(self._app.accept([envelope for _, envelope in batch]))
             self._accepted += len(receipts)
-            for (number, _), receipt in zip(batch, receipts, strict=True):
-                _acknowledge(receipt, self._json, number)
-            sys.stdout.flush()
+            try:
+                for (number, _), receipt in zip(batch, receipts, strict=True):
+                    _acknowledge(receipt, self._json, number)
+                sys.stdout.flush()
+            except BrokenPipeError:  # whoever read the receipts has left; the rest of the input is published all the same
+                nobody_reads()
 
     def _refuse(self, e: UnlostError) -> None:
         self._refused += 1

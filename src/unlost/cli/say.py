@@ -56,6 +56,11 @@ def out(line: str = "") -> None:
     _write(sys.stdout, line)
 
 
+def nobody_reads() -> None:
+    """From now on what is said on stdout goes nowhere: its reader has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def note(line: str) -> None:
     """Something beside the result: progress, warnings, hints."""
     _write(sys.stderr, line)

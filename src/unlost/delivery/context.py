@@ -56,6 +56,7 @@ class Context:
         self._lock = threading.Lock()
         self.loop = asyncio.get_running_loop()
         self.transaction_used: TransactionBlock | None = None
+        self.waits_for_file = False  # for its turn to write: what that takes is not the handler's fault
 
     @property
     def id(self) -> str:
@@ -88,15 +89,16 @@ class Context:
         Raises:
             UsageError: the event cannot be published, or the delivery is over.
         """
-        self._check_open("publish")
-        number = len(self._published)
-        id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
-        envelope = seal(
-            event, source=self.service, id=id, occurred_at=occurred_at,
-            cause=self.envelope, headers=headers, now=self._now,
-        )  # fmt: skip
-        encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
-        self._published.append(envelope)
+        with self._lock:  # threads of a handler: none may be too late unseen, or get another one's id
+            self._check_open("publish")
+            number = len(self._published)
+            id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
+            envelope = seal(
+                event, source=self.service, id=id, occurred_at=occurred_at,
+                cause=self.envelope, headers=headers, now=self._now,
+            )  # fmt: skip
+            encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
+            self._published.append(envelope)
 
     def transaction(self, session: object = None) -> TransactionBlock:
         """The final step of a handler: its own rows, its events and the mark "handled" in one commit.
@@ -185,6 +187,7 @@ class TransactionBlock:
 
     async def __aenter__(self) -> AsyncDb:
         loop = asyncio.get_running_loop()
+        self._ctx.waits_for_file = True
         await self._unit.before_block()
         opened: asyncio.Future[None] = loop.create_future()
         self._committed = loop.create_future()
@@ -194,6 +197,7 @@ class TransactionBlock:
         self._block = block
         try:
             await opened
+            self._ctx.waits_for_file = False
             self._unit.enter_block(block)
         except BaseException:
             block.abort()
@@ -215,6 +219,7 @@ class TransactionBlock:
     # sync, in a handler's thread
 
     def __enter__(self) -> Db:
+        self._ctx.waits_for_file = True
         asyncio.run_coroutine_threadsafe(self._unit.before_block(), self._ctx.loop).result()
         opened = threading.Event()
         errors: list[BaseException | None] = []
@@ -225,6 +230,7 @@ class TransactionBlock:
 
         block = self._block = self._unit.open_block(wake, self._done)
         opened.wait()
+        self._ctx.waits_for_file = False
         if errors[0] is not None:
             raise errors[0]
         try:

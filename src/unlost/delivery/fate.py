@@ -75,8 +75,10 @@ class Retry:
     def wait_seconds(self, failures: int, chance: float) -> float:
         """The wait after this many failures; `chance` in [0, 1) spreads retries that failed together."""
         longest = duration(self.max)
-        exponent = min(failures - 1, 64)
-        wait = min(longest, duration(self.first) * self.factor**exponent)
+        try:
+            wait = min(longest, duration(self.first) * self.factor ** min(failures - 1, 64))
+        except OverflowError:
+            wait = longest
         return wait * (1 - self.jitter * chance)
 
 
@@ -148,11 +150,24 @@ def describe(error: BaseException) -> str:
     """One line for the list of attempts."""
     if isinstance(error, asyncio.CancelledError):
         return "CancelledError: the handler was cancelled"
-    return f"{type(error).__name__}: {error}"[:ERROR_TEXT_MAX]
+    return f"{type(error).__name__}: {_text(error)}"[:ERROR_TEXT_MAX]
+
+
+def _text(error: BaseException) -> str:
+    """What the error says, as text that can be stored: another failure here would take the worker down."""
+    try:
+        text = str(error)
+    except Exception as e:
+        return f"(its text cannot be made: {type(e).__name__})"
+    return _storable(text)
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _dead(reason: Reason, error: BaseException) -> Dead:
     stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     if isinstance(error, Undecodable | Reject):
         stack = ""
-    return Dead(reason, type(error).__name__, str(error)[:ERROR_TEXT_MAX], stack[-STACK_MAX:])
+    return Dead(reason, type(error).__name__, _text(error)[:ERROR_TEXT_MAX], _storable(stack)[-STACK_MAX:])

@@ -9,10 +9,10 @@ import heapq
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import Any
+from typing import Any, TypeVar
 
 from unlost.brokers.port import Arrivals, Assigned, Broker, Lost, Member, Revoked
 from unlost.delivery.context import AlreadyHandled, Context
@@ -22,6 +22,7 @@ from unlost.delivery.fate import (
     Fate,
     HandlerTimeout,
     RetryAt,
+    RetryLater,
     Skip,
     decide,
     describe,
@@ -31,13 +32,14 @@ from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
-from unlost.errors import Fenced, Undecodable, UnlostError, UsageError
+from unlost.errors import Fenced, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, content_hash, event_hash
 from unlost.events.topic import Unit
 from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
 from unlost.world import REAL, World
 
 log = logging.getLogger("unlost.worker")
+T = TypeVar("T")
 
 IN_HAND_MAX = 1024  # events of one unit that are received and not yet durable
 IN_HAND_BYTES_MAX = 16 * 1024 * 1024
@@ -48,7 +50,9 @@ RUNNERS_MAX = 1024
 RECENT_MAX = 50_000  # more than a process can have in hand: what is older is in the inbox when it is asked
 LOAD_MAX = 64  # rows of the waiting room in one read
 REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
+AGAIN_SECONDS = 0.5  # between two attempts at what the world refused
 WATCH_SECONDS = 0.05  # precision of deadlines
+SAVE_SECONDS = 10.0  # how long a stop waits for the store
 CANCEL_AGAIN_SECONDS = 1.0
 CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when the service stops
 CANCELS_MAX = 10
@@ -122,7 +126,7 @@ class Worker:
                 if fate is None:
                     ctx = self._context(d)
                     error = await self._handle(d, event, ctx, run)
-            except Exception as e:
+            except (Exception, SystemExit, GeneratorExit) as e:
                 error = e
         self._reach("handled", d)
         if ctx is not None and ctx.transaction_used is not None and ctx.transaction_used.finished:
@@ -144,7 +148,7 @@ class Worker:
                 now=self.world.steady(),
                 chance=self.world.random.random(),
             )
-        fate = self._outage.judge(handler.name, fate, self.world.steady())
+            fate = self._outage.judge(handler.name, fate, self.world.steady())
         self._settle(d, fate, error, ctx)
 
     def _decode(self, d: Delivery) -> Any:
@@ -194,18 +198,21 @@ class Worker:
                 await handler.function(*args)
             else:
                 await self._in_thread(handler, args)
-        except asyncio.CancelledError as e:
-            if run.given_up:
-                ctx.close("the service stops")
-                raise
-            error = e  # whoever cancelled it: that is a failure, not a success
         except KeyboardInterrupt:
             raise
         except BaseException as e:
-            error = e
+            error = e  # whoever cancelled it: that is a failure, not a success
         finally:
-            if run.end() and not run.given_up:
-                error = HandlerTimeout(f"no result within its deadline of {handler.deadline:g} s")
+            late = run.end()
+        if run.cancelled:
+            await run.shake_off()
+        if run.given_up and error is not None:
+            ctx.close("the service stops")
+            raise asyncio.CancelledError  # whatever it made of our cancellation is no attempt
+        if late and ctx.waits_for_file:
+            error = Unavailable("UL2011", "the deadline passed while the file could not be written", found=str(d))
+        elif late:
+            error = HandlerTimeout(f"no result within its deadline of {handler.deadline:g} s")
         ctx.close("its handler has ended" if error is None else f"its attempt failed: {describe(error)}")
         return error
 
@@ -264,7 +271,9 @@ class Worker:
         if error is not None and fate.spends_attempt:
             d.attempts = outcome.attempts = self._with_attempt(d, error)
         wait = (fate.due - self.world.steady()) / 1e6
-        if error is not None:
+        if isinstance(error, RetryLater):
+            log.info("%s:%d waits %.1f s: %s", owned.unit, d.position, wait, error)
+        elif error is not None:
             log.warning("%s:%d attempt %d failed, next in %.1f s: %s", owned.unit, d.position,
                         len(d.attempts), wait, describe(error))  # fmt: skip
         if wait <= SHORT_WAIT_SECONDS and owned.sleeping < SLEEPING_MAX:
@@ -358,7 +367,7 @@ class Worker:
     async def _receive(self) -> None:
         assert self._member is not None
         while True:
-            for change in await self._member.receive():
+            for change in await self._insist(self._member.receive):
                 if isinstance(change, Arrivals):
                     self._take_in(change)
                 elif isinstance(change, Assigned):
@@ -368,15 +377,33 @@ class Worker:
                 elif isinstance(change, Lost):
                     for unit in change.units:
                         if unit in self.owned:
-                            self._on_fenced(self.owned[unit])
+                            self._on_lost(self.owned[unit])
             await asyncio.sleep(0)
+
+    async def _insist(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """What the world refuses for now (a full disk) is asked for again: a service goes on by itself."""
+        while True:
+            try:
+                return await call(*args)
+            except Unavailable as e:
+                log.error("%s: trying again in %g s: %s", self.service.name, AGAIN_SECONDS, e)
+                await asyncio.sleep(AGAIN_SECONDS)
 
     async def _assigned(self, units: Sequence[Unit]) -> None:
         """Fences the owner before us, then takes up where it was saved."""
         assert self._member is not None
-        for taken in await self._store.take(units):
+        self._timers = [timer for timer in self._timers if not timer[2].owned.gone]
+        heapq.heapify(self._timers)
+        for taken in await self._insist(self._store.take, units):
+            if taken.unit in self.owned:
+                self._on_lost(self.owned[taken.unit])
             owned = self.owned[taken.unit] = Owned(taken)
             self._suspects += len(owned.suspects)
+            if owned.suspects:
+                log.warning(
+                    "%s: %d events were in a handler when their process died; they run first, one at a time",
+                    owned.unit, len(owned.suspects),
+                )  # fmt: skip
             for key, due in taken.waiting.items():
                 lane = owned.lane(key, -1)
                 lane.stored, lane.blocked, lane.due = True, True, due
@@ -643,6 +670,13 @@ class Worker:
             self._member.resume(owned.unit)
 
     def _on_fenced(self, owned: Owned) -> None:
+        """The store says that somebody else took the unit; the broker may not know. If that one slept through its own
+        replacement it does not keep the unit either, and nobody would have it: so we let go of it there as well."""
+        if not owned.gone and not self._stopping and self._member is not None:
+            self._spawn(self._insist(self._member.release, [owned.unit]))
+        self._on_lost(owned)
+
+    def _on_lost(self, owned: Owned) -> None:
         """Somebody else owns the unit. Its events are theirs; what our handlers still do is not settled."""
         if not owned.gone:
             log.warning("%s was taken by another process (our epoch was %d)", owned.unit, owned.epoch)
@@ -705,7 +739,7 @@ class Worker:
                 if owned is None or owned.gone or owned.draining:
                     continue
                 try:
-                    carried_out = await self._store.carry_out(request, owned.epoch)
+                    carried_out = await self._insist(self._store.carry_out, request, owned.epoch)
                 except Fenced:
                     self._on_fenced(owned)
                     continue
@@ -734,11 +768,12 @@ class Worker:
             self._changed.clear()
             await self._changed.wait()
         await self._settler.flush()
-        await self._store.give([(o.unit, o.epoch) for o in leaving if not o.gone])
+        await self._insist(self._store.give, [(o.unit, o.epoch) for o in leaving if not o.gone])
         for owned in leaving:
             self._forget(owned)
         assert self._member is not None
-        await self._member.release(units)
+        anew = [unit for unit in units if unit in self.owned]  # lost while we waited, and taken again: that stays
+        await self._insist(self._member.release, [unit for unit in units if unit not in anew])
 
     def _drop_queued(self, owned: Owned) -> None:
         """Keeps only what is in a handler; the queues are still in the log and in the waiting room."""
@@ -754,6 +789,8 @@ class Worker:
                 for queue in (self._ready, *self._held.values()):
                     with contextlib.suppress(ValueError):
                         queue.remove(lane)
+        for name in self._held:  # one of these lanes may have been the next
+            self._let_on(name)
 
     async def stop(self, grace: float = 20.0) -> None:
         """Finishes what is in the handlers' hands, or gives it back; saves; leaves the group.
@@ -782,18 +819,29 @@ class Worker:
         for run in self._running.values():
             run.given_up = True
         await _end([task for task in self._tasks if task is not self._settling])
-        flushed = asyncio.ensure_future(self._settler.flush())
-        await asyncio.wait([flushed, self._settling], return_when=asyncio.FIRST_COMPLETED)
-        flushed.cancel()
         try:
-            if not self._settling.done():
-                await self._store.give([(o.unit, o.epoch) for o in self.owned.values()])
-                if self._member is not None:
-                    await self._member.close()
+            async with asyncio.timeout(SAVE_SECONDS):
+                await self._save()
+        except (UnlostError, TimeoutError) as e:
+            log.error("%s: not all outcomes could be saved; their events are delivered again: %r", self.service.name, e)
         finally:
             await self._abandon()
+            if self._member is not None:
+                with contextlib.suppress(UnlostError, TimeoutError):
+                    async with asyncio.timeout(SAVE_SECONDS):
+                        await self._member.close()
             if not self._failure.done():
                 self._failure.set_result(None)
+
+    async def _save(self) -> None:
+        """Waits for what is on its way to the store, and says goodbye."""
+        flushed = asyncio.ensure_future(self._settler.flush())
+        try:
+            await asyncio.wait([flushed, self._settling], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            flushed.cancel()
+        if not self._settling.done():
+            await self._store.give([(o.unit, o.epoch) for o in self.owned.values()])
 
     async def _abandon(self) -> None:
         """Ends all tasks where they are. What they had in hand stays where it was saved last."""
@@ -859,10 +907,19 @@ class _Running:
         """True if the handler was past its deadline."""
         self._delivery = None
         self._hands.put_down()
-        for _ in range(self._cancels):
-            assert self.task is not None
-            self.task.uncancel()
         return self._cancels > 0
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody cancelled the handler's task: the deadline, or the handler itself."""
+        return self.task is not None and self.task.cancelling() > 0 and not self.given_up
+
+    async def shake_off(self) -> None:
+        """Cancellations were meant for the handler that has ended: neither the runner nor the next one gets them."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)  # where one that was not delivered yet comes out
+        while self.cancelled and self.task is not None:
+            self.task.uncancel()
 
     def check(self, now: float) -> None:
         """Cancels a handler that is past its deadline; again, if it does not listen."""

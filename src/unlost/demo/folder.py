@@ -53,7 +53,7 @@ def _ours(folder: Path) -> bool:
 
 
 def _refuse_if_alive(folder: Path) -> None:
-    run = folder / ".unlost" / "run"
+    run = folder / ".unlost" / "events.db.run"
     if any(examine(run, path.stem).alive for path in run.glob("*.process")):
         raise UsageError(
             "UL1392", f"processes are at work in {folder}", found="a demo, or a service that was started there",

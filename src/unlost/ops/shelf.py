@@ -125,9 +125,9 @@ def _without_owner(file: File, tx: Transaction, action: Action, chosen: Sequence
 
 
 def _pending(file: File, chosen: Sequence[DeadLetter]) -> int:
-    marks = ",".join("?" * len(chosen))
-    sql = f"select count(*) from unlost_shelf where request is not null and number in ({marks})"
-    return int(file.read(lambda c: c.execute(sql, [letter.number for letter in chosen]).fetchone()[0]))
+    numbers = msgspec.json.encode([letter.number for letter in chosen]).decode()  # SQL variables would be too few
+    sql = "select count(*) from unlost_shelf where request is not null and number in (select value from json_each(?))"
+    return int(file.read(lambda c: c.execute(sql, (numbers,)).fetchone()[0]))
 
 
 def _letter(c: apsw.Connection, row: tuple[Any, ...]) -> DeadLetter:

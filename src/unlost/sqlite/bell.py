@@ -54,18 +54,19 @@ class Bell:
             return
         try:
             changed = self._folder.stat().st_mtime_ns
+            if changed != self._seen:
+                # A bell made in the same tick as this look would not show in the time of the folder: look again then.
+                self._seen = changed if REAL.now() * 1000 - changed > _TICK_NS else -1
+                own = self._own.name
+                self._others = [str(p) for p in self._folder.iterdir() if p.name != own]
         except OSError:
-            return
-        if changed != self._seen:
-            # A bell made in the same tick as this look would not show in the time of the folder: look again then.
-            self._seen = changed if REAL.now() * 1000 - changed > _TICK_NS else -1
-            own = self._own.name
-            self._others = [str(p) for p in self._folder.iterdir() if p.name != own]
+            return  # the folder is gone: everybody polls
         for other in self._others:
             try:
                 self._out.sendto(b"!", other)
             except ConnectionRefusedError:
-                Path(other).unlink(missing_ok=True)  # its process is dead
+                with contextlib.suppress(OSError):
+                    Path(other).unlink()  # its process is dead
             except OSError:
                 continue  # a full buffer is a bell that already rings
 
@@ -83,4 +84,6 @@ class Bell:
                 sock.close()
         if self.socket is not None:
             self._own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others are still there
+                self._folder.rmdir()
         self.socket = self._out = None

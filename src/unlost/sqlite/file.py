@@ -85,8 +85,8 @@ class File:
         self.path = guards.check_place(path)
         self.world = world
         self.vfs = vfs
-        self.run_folder = self.path.parent / "run"
-        self.marks_path = self.path.with_suffix(".marks")
+        self.run_folder = guards.beside(self.path, "run")
+        self.marks_path = guards.beside(self.path, "marks")
         self.process_id = new_id()
         self.store_id = ""
         self.created = False
@@ -99,7 +99,7 @@ class File:
         self._closed = False
         self.guard = Guard()
         self._submitting = threading.Lock()
-        self._lock_fd = guards.open_lock(self.path.with_suffix(".lock"))
+        self._lock_fd = guards.open_lock(guards.beside(self.path, "lock"))
         self._connections: list[apsw.Connection] = []
         guards.protect(self.path)  # before it is open: another thread may be opening it as well
         try:
@@ -298,7 +298,7 @@ class File:
         if self._closed:
             raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
         if self.broken is not None:
-            raise self.broken
+            raise self.broken.with_traceback(None)  # else it would keep the frames of everybody who was told
 
     # --- the writer thread -------------------------------------------------------------------------------
 
@@ -463,8 +463,7 @@ def _tell(group: list[Any], error: BaseException | None) -> None:
     for item in group:
         if isinstance(item, Block):
             with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits any more
-                if item.state == "waiting":
-                    item.state = "withdrawn"
+                if item.leave_waiting("withdrawn"):
                     item.wake(error or Unavailable("UL2004", "the commit of this block did not happen"))
                 elif item.state == "finished":
                     item.committed(error)

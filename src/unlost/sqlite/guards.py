@@ -42,9 +42,15 @@ _NETWORK = (
     "webdav",
 )
 
+_MAGIC = b"SQLite format 3\0"
 _protected: dict[str, int] = {}
 _protecting = threading.Lock()
 inherited: set[str] = set()  # files that the parent process had open when it forked
+
+
+def beside(path: Path, kind: str) -> Path:
+    """What belongs to a database file stands beside it, under its whole name: `events.db.lock`, `.marks`, `.run`."""
+    return path.with_name(f"{path.name}.{kind}")
 
 
 def check_place(path: Path) -> Path:
@@ -72,7 +78,27 @@ def check_place(path: Path) -> Path:
     foreign = _opened_by_another_library(path)
     if foreign:
         raise second_library(path, foreign)
+    _check_header(path)
     return path
+
+
+def _check_header(path: Path) -> None:
+    """A file that was never ours must not get our lock and marks beside it. (Where it is open in this process, it is
+    ours; and closing a second descriptor of it would drop SQLite's locks.)"""
+    if str(path) in _protected:
+        return
+    try:
+        if beside(path, "marks").exists():
+            return
+        with path.open("rb") as f:
+            header = f.read(len(_MAGIC))
+    except OSError:
+        return  # not there, or without rights: opening it says so
+    if header and not header.startswith(_MAGIC):
+        raise UsageError(
+            "UL1111", f"{path} is no SQLite file, and no broker has been beside it", found=repr(header),
+            fix="choose another path: unlost makes its own file",
+        )  # fmt: skip
 
 
 def file_system(folder: Path) -> str:
@@ -154,7 +180,7 @@ def check_new(path: Path, marks: list[tuple[str, int]], state: str) -> None:
     if acknowledged:
         raise Damaged(
             "UL3001", f"{path} is {state}, but commits up to number {acknowledged} had been acknowledged",
-            found=f"the marks in {path.with_suffix('.marks').name}; was the -wal file deleted?",
+            found=f"the marks in {beside(path, 'marks').name}; was the -wal file deleted?",
             fix=f"bring the file back (a backup?); to start anew on purpose, remove the whole folder {path.parent}",
         )  # fmt: skip
 
@@ -167,14 +193,14 @@ def check_marks(path: Path, marks: list[tuple[str, int]], store_id: str, commits
                 "UL3002", f"{path} holds less than what was acknowledged: its tail is lost",
                 found=f"the file ends with commit {commits}, commit {commit} had been acknowledged ({commit - commits} are missing)",
                 fix="was the -wal file deleted, or an older copy put back? Bring the newest copy back. "
-                f"To go on with the loss, remove {path.with_suffix('.marks').name}: publishers and services then "
+                f"To go on with the loss, remove {beside(path, 'marks').name}: publishers and services then "
                 "have to be told what is missing",
             )  # fmt: skip
         if tag != store_id[:16]:
             raise Damaged(
                 "UL3003", f"{path} is another file than the one whose commits were acknowledged here",
                 found=f"store {store_id[:16]}, the marks are of {tag}",
-                fix=f"bring the right file back; to use this one on purpose, remove {path.with_suffix('.marks').name}",
+                fix=f"bring the right file back; to use this one on purpose, remove {beside(path, 'marks').name}",
             )  # fmt: skip
 
 

@@ -128,6 +128,8 @@ def examine(folder: Path, process: str) -> Remains:
     _, boot, beat = _HEADER.unpack_from(raw, 0)
     hung = alive and boot == _boot_hash() and REAL.monotonic() - beat > HEARTBEAT_STALE_SECONDS
     running = {}
+    if boot != _boot_hash():  # written by chance, before the machine went down
+        return Remains(alive=alive, hung=False, running={}, read={})
     for cell in _CELL.iter_unpack(raw[_CELLS_AT:_READS_AT]):
         if cell[1]:
             running[cell[0], cell[1] - 1] = bool(cell[2])

@@ -73,7 +73,7 @@ create table unlost_progress (
     owner text, epoch integer not null default 0,
     clean integer not null default 1,       -- 0 while somebody owns it: a takeover then follows a crash
     position integer not null,              -- everything below has an outcome
-    fated blob not null,                    -- runs of positions that have an outcome, see delivery/progress.py
+    fated blob not null,                    -- runs of positions that have an outcome, see store/progress.py
     counts text not null,                   -- JSON: how many ended as done and as skipped, by rule
     digest integer not null,                -- XOR of the event hashes of everything fated
     attempts text not null default '{}',    -- JSON: failed attempts of events that are retried in memory

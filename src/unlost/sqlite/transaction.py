@@ -105,6 +105,10 @@ class Transaction:
         self._tails.clear()
         self._topics.clear()
 
+    def forget_topics(self) -> None:
+        """After they were changed. What others of this commit have appended stays."""
+        self._topics.clear()
+
     def execute(self, sql: str, bindings: Sequence[Any] = ()) -> apsw.Cursor:
         return self.connection.execute(sql, bindings)
 

@@ -49,6 +49,7 @@ class Block:
         self.committed = committed
         self.deadline_seconds = deadline_seconds
         self.state = "waiting"  # waiting, open, finished, aborted, expired, withdrawn
+        self._beginning = threading.Lock()  # who waits may give up while the writer lends it the connection
         self.turn: Turn | None = None
         self.opened = 0.0
         self.saved: dict[int, tuple[int, int]] = {}
@@ -76,11 +77,19 @@ class Block:
                 raise
             except apsw.Error as e:
                 raise StatementFailed(
-                    "UL1206", "a statement of the transaction block failed", found=f"{type(e).__name__}: {e}",
-                    fix="correct it, or catch StatementFailed if it may fail",
+                    "UL1206", f"{type(e).__name__}: {e}", found=sql.strip()[:200],
+                    fix="correct the statement, or catch StatementFailed if it may fail",
                 ) from e  # fmt: skip
             finally:
                 turn.guard.user_code = False
+
+    def leave_waiting(self, state: str) -> bool:
+        """From `waiting` to another state; False if it was not waiting any more."""
+        with self._beginning:
+            if self.state != "waiting":
+                return False
+            self.state = state
+            return True
 
     def run(self, work: Callable[[Transaction], Any]) -> Any:
         """Runs our own statements inside the block."""
@@ -106,15 +115,11 @@ class Block:
 
     def abort(self) -> None:
         """Rolls the block back. Harmless when it is no longer open."""
-        turn = self.turn
-        if turn is None:
-            if self.state == "waiting":
-                self.state = "withdrawn"
+        if self.leave_waiting("withdrawn") or self.turn is None:
             return
+        turn = self.turn
         with turn.lock:
-            if self.state == "waiting":
-                self.state = "withdrawn"
-            elif self.state == "open":
+            if self.state == "open":
                 self.state = "aborted"
                 turn.undo(self)
 
@@ -254,9 +259,12 @@ class Turn:
                 except apsw.Error as e:
                     self.ruin(e)
                     return
-                block.state = "open"
                 block.opened = REAL.monotonic()
                 self._current = block
+                if not block.leave_waiting("open"):
+                    self._current = None
+                    self.tx.rollback_to(block.saved)
+                    continue
                 try:
                     block.wake(None)
                     return

@@ -29,6 +29,8 @@ _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
 _decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
 _decode_attempt_map = msgspec.json.Decoder(dict[int, list[Attempt]]).decode
 
+EPOCHS_KEPT = 1000  # of one unit; older owners are forgotten
+
 Publish = Callable[[Transaction, Sequence[Envelope]], object]
 
 
@@ -491,6 +493,10 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
     tx.execute(
         "insert into unlost_epoch values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (*unit, epoch, owner, pid[0] if pid else 0, tx.world.now(), position, unclean),
+    )
+    tx.execute(
+        "delete from unlost_epoch where service = ? and topic = ? and partition = ? and epoch <= ?",
+        (*unit, epoch - EPOCHS_KEPT),
     )
     waiting, keyless = _waiting_keys(tx, unit)
     aside = tx.one(

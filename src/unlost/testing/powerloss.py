@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import apsw
 
 from unlost.sqlite.file import File
+from unlost.sqlite.guards import beside
 from unlost.sqlite.marks import _ENTRY, Marks
 
 SECTOR_BYTES = 512
@@ -81,7 +82,7 @@ class Disk(apsw.VFS):  # type: ignore[misc]
 
     def open(self, path: Path, kind: type[File] = File) -> File:
         """Opens a file of unlost on this disk, its marks included."""
-        self._note_found(path.with_suffix(".marks"))
+        self._note_found(beside(path, "marks"))
         file = kind(path, vfs=self.name)
         file._marks = RecordedMarks(file._marks, file.marks_path, self)
         return file

@@ -148,4 +148,4 @@ def _declare(tx: Transaction, wanted: Sequence[tuple[str, int, Any]]) -> None:
         tx.topic_defaults[name] = (partitions, retention)
         if name not in rows:
             tx.create_topic(name, partitions, retention)
-    tx.forget()
+    tx.forget_topics()

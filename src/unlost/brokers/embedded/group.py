@@ -166,13 +166,15 @@ class EmbeddedMember:
         members, owners = self._file.read(self._read_group)
         me = self._file.process_id
         if me not in members:  # we were taken for dead while we slept: all is somebody else's now
+            await self._join()
             lost = sorted(self._owned)
             self._forget(lost)
-            await self._join()
             return [Lost(lost)] if lost else []
         lost = [unit for unit in self._owned if owners.get(unit) != me]
-        self._forget(lost)
-        changes: list[Change] = [Lost(lost)] if lost else []
+        if lost:  # told at once: what comes below may fail
+            self._forget(lost)
+            return [Lost(lost)]
+        changes: list[Change] = []
         live = [m for m in members if m == me or self._lives(m)]
         dead = (set(members) | {o for o in owners.values() if o}) - set(live)
         share = _share(live, len(self._numbers), me)

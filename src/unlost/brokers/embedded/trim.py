@@ -1,7 +1,8 @@
 """Trimming the log of topics that declare a retention. Without one, everything is kept.
 
 **Guarantee** only events that every service of the topic has finished with are removed: never one that is
-unhandled, parked or dead. Their inbox marks go with them, because no log can bring them back.
+unhandled, parked or dead. Their inbox marks go with them, so retention is also how long a resend with the same id is
+recognised: an event is kept until all that came within the retention after it has been handled.
 **After a crash** a trim is one commit: it happened or it did not.
 """
 
@@ -41,8 +42,11 @@ def _step(topic: str, partition: int, number: int, retention: int) -> Callable[[
         last = tx.one("select max(at) from unlost_log where at between ? and ?", (low, low | POSITION_MAX))[0]
         if last is None:
             return 0
-        limit = min(last, low + _finished(tx, topic, partition))  # the last row stays: it holds the position
-        cutoff = tx.world.now() - retention * 1_000_000
+        finished = low + _finished(tx, topic, partition)
+        limit = min(last, finished)  # the last row stays: it holds the position
+        oldest_open = tx.one("select recorded from unlost_log where at = ?", (finished,))
+        now = tx.world.now() if oldest_open is None else min(tx.world.now(), oldest_open[0])
+        cutoff = now - retention * 1_000_000
         rows = tx.execute(
             "select at, head, recorded from unlost_log where at between ? and ? order by at limit ?",
             (low, limit - 1, TRIM_ROWS_MAX),
