@@ -58,6 +58,16 @@ async def publish(app: App, first: int, total: int, publishers: int) -> None:
     await asyncio.gather(*(one(number) for number in range(publishers)))
 
 
+async def publish_in_batches(app: App, first: int, total: int, batch: int) -> None:
+    """Two callers of `publish_all`, so that one prepares its batch while that of the other is written."""
+
+    async def one(number: int) -> None:
+        for n in range(first + number * batch, first + total, 2 * batch):
+            await app.publish_all([order(i) for i in range(n, min(n + batch, first + total))])
+
+    await asyncio.gather(one(0), one(1))
+
+
 async def warm_up(app: App) -> None:
     await app.publish_all([order(n) for n in range(WARM)])
 
@@ -148,7 +158,7 @@ async def consume(folder: Path, total: int) -> None:
         await task
 
 
-async def measure_two(folder: Path, total: int) -> None:
+async def measure_two(folder: Path, total: int, batch: int) -> None:
     service, _ = counting([])  # declares the topic; served by the other process only
     own = 0
 
@@ -164,7 +174,10 @@ async def measure_two(folder: Path, total: int) -> None:
         before = commits(app)
         app.file.listen(count)
         watch = Stopwatch()
-        await publish(app, WARM, total, PUBLISHERS)
+        if batch > 1:
+            await publish_in_batches(app, WARM, total, batch)
+        else:
+            await publish(app, WARM, total, PUBLISHERS)
         published: dict[str, Any] = watch.stop()
         theirs = json.loads(await asyncio.to_thread(other.stdout.readline))
         result = {
@@ -323,7 +336,7 @@ def main() -> None:
     if mode == "publish":
         asyncio.run(measure_publish(path, int(rest[0]), int(rest[1])))
     elif mode == "two":
-        asyncio.run(measure_two(path, int(rest[0])))
+        asyncio.run(measure_two(path, int(rest[0]), int(rest[1])))
     elif mode == "consume":
         asyncio.run(consume(path, int(rest[0])))
     elif mode == "latency":

@@ -121,7 +121,7 @@ async def test_a_handler_that_cancels_its_own_task_does_not_take_the_runner_away
             await t.publish(Placed(order_id="a", n=n))
             await t.settled(20)
         assert seen == [0, 1, 2, 3, 4]
-        assert [letter.error_type for letter in t.dead_letters()] == ["CancelledError"] * 3
+        assert not t.dead_letters(), "it returned, so it was done"
 
 
 class Mute(Exception):
@@ -208,7 +208,7 @@ async def test_a_full_disk_stops_no_service(call: str, monkeypatch: pytest.Monke
     @service.on(Placed)
     async def handle(e: Placed) -> None:
         seen.append(e.n)
-        if e.n == 0 and seen.count(0) == 1:
+        if call == "carry_out" and seen == [0]:
             raise ValueError("once")
 
     monkeypatch.setattr(worker, "AGAIN_SECONDS", 0.01, raising=False)
@@ -364,17 +364,23 @@ async def test_a_turn_that_was_given_to_a_lane_that_leaves_goes_to_the_next() ->
         seen.append(e.order_id)
         await gate.wait()
 
+    @service.on(Paid, concurrency=8)
+    async def other(e: Paid) -> None: ...
+
     async with running(App(service)) as t:
         await t.publish_all([Placed(order_id=f"o{n}") for n in range(40)])
         (w,) = t._workers()
         await t.until(lambda: len(seen) == 1 and len(w._held["handle"]) == 39)
-        first = w._held["handle"][0].owned
-        w._let_on("handle")  # its turn has come, and before a runner takes it up, its unit is wanted back
-        w._drop_queued(first)
+        w._let_on("handle")  # the turn has come of the first of them; before a runner takes it up,
+        leaving = w._ready[0].owned  # its unit is wanted back
+        w._drop_queued(leaving)
+        assert w._ready and w._ready[0].owned is not leaving
         gate.set()
-        await t.until(lambda: len(seen) >= 40 - sum(1 for n in range(40)))  # the others go on
-        left = {f"o{n}" for n in range(40)}
-        assert left
+        await t.until(lambda: not w._held["handle"])
+        await t.scale(0)
+        await t.scale(1)
+        await t.settled(20)
+        assert len(set(seen)) == 40
 
 
 async def test_a_topic_that_only_some_members_know_is_shared_by_them(tmp_path: Path) -> None:

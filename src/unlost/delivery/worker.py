@@ -9,7 +9,7 @@ import heapq
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.errors import Fenced, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, content_hash, event_hash
-from unlost.events.topic import Unit
+from unlost.events.topic import Arrival, Unit
 from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
 from unlost.world import REAL, World
 
@@ -420,7 +420,7 @@ class Worker:
         if owned is None or owned.gone or owned.draining:
             return
         fated, handlers = owned.taken.fated, self.service.handlers
-        seen = self._seen(arrivals)
+        seen = self._seen(arrivals.events)
         for arrival in arrivals.events:
             if arrival.position in fated:
                 continue
@@ -441,8 +441,7 @@ class Worker:
                 lane, arrival, handler, cls, digest, owned.attempts.pop(arrival.position, []),
                 waited=False, suspect=suspect,
             )  # fmt: skip
-            if seen and envelope is not None:
-                delivery.seen = seen.get((envelope.source, envelope.id))
+            _mark_seen(delivery, seen)
             if lane.blocked:
                 self._park(delivery)
             else:
@@ -450,13 +449,13 @@ class Worker:
                 self._start(lane)
         self._throttle(owned)
 
-    def _seen(self, arrivals: Arrivals) -> dict[tuple[str, str], int]:
+    def _seen(self, arrivals: Iterable[Arrival]) -> dict[tuple[str, str], int]:
         """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
         if not self._once_types:
             return {}
         wanted = [
             Inbox(a.envelope.id, a.envelope.source, 0)
-            for a in arrivals.events
+            for a in arrivals
             if a.envelope is not None and a.envelope.type in self._once_types
         ]
         return self._store.seen(self.service.name, wanted)
@@ -582,8 +581,9 @@ class Worker:
                 await self.world.wait_until(self.world.steady() + int(PROBE_SECONDS * 1e6), self._leaving)
         finally:
             self._active[name] -= 1
-            for _ in range(d.handler.concurrency - self._active[name]):
-                self._let_on(name)
+            if self._held.get(name):
+                for _ in range(d.handler.concurrency - self._active[name]):
+                    self._let_on(name)
 
     def _let_on(self, name: str) -> None:
         """A handler has room again: the next lane that waited for that may go."""
@@ -603,8 +603,11 @@ class Worker:
         if not rows:
             lane.stored = False
             return
+        seen = self._seen(row.arrival for row in rows)
         for row in rows:
-            lane.loaded.append(self._from_waiting(lane, row))
+            d = self._from_waiting(lane, row)
+            _mark_seen(d, seen)
+            lane.loaded.append(d)
 
     def _from_waiting(self, lane: Lane, row: Waiting) -> Delivery:
         arrival, owned = row.arrival, lane.owned
@@ -862,6 +865,12 @@ def _caught(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, B
         return function(*args), None
     except BaseException as e:
         return None, e
+
+
+def _mark_seen(d: Delivery, seen: dict[tuple[str, str], int]) -> None:
+    e = d.arrival.envelope
+    if seen and e is not None:
+        d.seen = seen.get((e.source, e.id))
 
 
 def _repeated(inbox: Inbox, content: int) -> Fate:
