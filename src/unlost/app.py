@@ -23,6 +23,7 @@ from unlost.brokers.connect import connect
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
 from unlost.delivery.service import Service
+from unlost.delivery.suspicion import Suspicion
 from unlost.delivery.worker import Probe, Worker
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Envelope, Event, check_name, seal
@@ -301,9 +302,13 @@ class App:
         chosen = self.chosen(services)
         async with self:
             self._stop = asyncio.Event()
+            suspicion = Suspicion()
             workers = [
-                Worker(service, self.broker, self.store, world=self.world, probe=self.probe) for service in chosen
-            ]
+                Worker(
+                    service, self.broker, self.store, world=self.world, probe=self.probe, suspicion=suspicion,
+                )
+                for service in chosen
+            ]  # fmt: skip
             self._workers = workers
             tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
             stop = asyncio.create_task(self._stop.wait())

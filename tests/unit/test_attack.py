@@ -132,3 +132,36 @@ async def test_more_letters_are_asked_for_than_a_statement_has_variables(tmp_pat
         assert shelf._pending(app.file, letters) == 0
         app.stop()
         await serving
+
+
+async def test_a_timer_that_a_handler_forgot_does_not_take_the_service_down(tmp_path: Path) -> None:
+    """It cancels the runner's task when that waits for work: a service without runners would stand still in silence."""
+    service = Service("s", concurrency=1)
+
+    @service.on(Placed)
+    async def handle(_: Placed) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.02, task.cancel)
+        asyncio.get_running_loop().call_later(0.03, cancelled.set)
+
+    app = App(service, broker=f"embedded://{tmp_path}/events.db")
+    async with app:
+        serving = asyncio.create_task(app.serve())
+        for n in range(3):
+            cancelled = asyncio.Event()
+            await app.publish(Placed(order_id="a", n=n))
+            await until(lambda n=n: done(app.file) == n + 1, "the event after the cancelled one")
+            await cancelled.wait()
+        app.stop()
+        await serving
+
+
+async def test_a_service_of_which_somebody_cancels_a_task_stops_loudly(tmp_path: Path) -> None:
+    app = App(Service("s"), broker=f"embedded://{tmp_path}/events.db")
+    async with app:
+        serving = asyncio.create_task(app.serve())
+        await until(lambda: app._workers and app._workers[0]._tasks, "the service")
+        next(task for task in app._workers[0]._tasks if "_keep_time" in repr(task)).cancel()
+        with pytest.raises(UsageError, match="UL1224"):
+            await serving

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +43,7 @@ class Paid(Event, key="order_id", topic="payment"):
 
 async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - it looks at files and threads as well
             await asyncio.sleep(0.01)
 
 
@@ -416,3 +418,54 @@ async def test_a_topic_that_only_some_members_know_is_shared_by_them(tmp_path: P
             await member.close()
         for file in files:
             file.close()
+
+
+POISON = """
+import asyncio, os, sys
+from unlost import App, Event, Retry, Service
+from unlost.ops.books import books
+
+class Placed(Event, key="order_id", topic="order"):
+    order_id: str
+
+slow, bad = (Service(name, retry=Retry(attempts=3, first=0.01)) for name in ("slow", "bad"))
+
+@slow.on(Placed, name="slow")
+async def take_long(e: Placed) -> None:
+    await asyncio.sleep(0.3)
+
+@bad.on(Placed, name="bad")
+async def kill(e: Placed) -> None:
+    await asyncio.sleep(0.1)
+    os._exit(9)
+
+async def main() -> None:
+    app = App(slow, bad, broker="embedded://" + sys.argv[1])
+    async with app:
+        serving = asyncio.create_task(app.serve())
+        if len(sys.argv) > 2:
+            await app.publish(Placed(order_id="a"))
+        while True:
+            await asyncio.sleep(0.01)
+            found = books(app.file).services
+            if all(b.done + b.dead == 1 for b in found.values()):
+                break
+        print({name: (b.done, b.dead) for name, b in sorted(found.items())})
+        app.stop()
+        await serving
+
+asyncio.run(main())
+"""
+
+
+def test_a_service_does_not_answer_for_its_neighbour_that_kills_their_process(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(POISON)
+    command = [sys.executable, str(script), str(tmp_path / "events.db")]
+    for times in range(8):
+        ended = subprocess.run(
+            [*command, *(["publish"] if not times else [])], capture_output=True, text=True, timeout=60
+        )
+        if ended.returncode != 9:
+            break
+    assert ended.stdout.strip() == "{'bad': (0, 1), 'slow': (1, 0)}", ended.stderr

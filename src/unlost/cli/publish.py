@@ -155,7 +155,9 @@ class _Lines:
                 for (number, _), receipt in zip(batch, receipts, strict=True):
                     _acknowledge(receipt, self._json, number)
                 sys.stdout.flush()
-            except BrokenPipeError:  # whoever read the receipts has left; the rest of the input is published all the same
+            except (
+                BrokenPipeError
+            ):  # whoever read the receipts has left; the rest of the input is published all the same
                 nobody_reads()
 
     def _refuse(self, e: UnlostError) -> None:

@@ -32,6 +32,7 @@ from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
+from unlost.delivery.suspicion import Suspicion
 from unlost.errors import Fenced, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, content_hash, event_hash
 from unlost.events.topic import Arrival, Unit
@@ -77,6 +78,7 @@ class Worker:
         *,
         world: World = REAL,
         probe: Probe | None = None,
+        suspicion: Suspicion | None = None,
     ) -> None:
         self.service = service
         self.world = world
@@ -94,7 +96,8 @@ class Worker:
         self._timers: list[tuple[int, int, Lane]] = []
         self._timer_set = asyncio.Event()
         self._timer_count = 0
-        self._suspects = 0
+        self._suspicion = suspicion or Suspicion()  # one for all services of this process
+        self._suspicion.parties.append(self)
         self._stopping = False
         self._leaving = asyncio.Event()
         self._outage = Outage(service.name)
@@ -190,7 +193,7 @@ class Worker:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
-        run.begin(d, self.world.monotonic(), alone=self._suspects > 0)
+        run.begin(d, self.world.monotonic(), alone=self._suspicion.count > 0)
         self._reach("started", d)
         error: BaseException | None = None
         try:
@@ -358,11 +361,12 @@ class Worker:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and self._failure is not None:
+        error = task.exception() if not task.cancelled() else None if self._stopping else _cancelled_by_others()
+        if error is not None and self._failure is not None:
             if not self._failure.done():
-                self._failure.set_exception(task.exception())  # type: ignore[arg-type]
+                self._failure.set_exception(error)
             else:
-                log.error("%s: %s", self.service.name, task.exception())
+                log.error("%s: %s", self.service.name, error)
 
     async def _receive(self) -> None:
         assert self._member is not None
@@ -398,7 +402,7 @@ class Worker:
             if taken.unit in self.owned:
                 self._on_lost(self.owned[taken.unit])
             owned = self.owned[taken.unit] = Owned(taken)
-            self._suspects += len(owned.suspects)
+            self._suspicion.change(len(owned.suspects))
             if owned.suspects:
                 log.warning(
                     "%s: %d events were in a handler when their process died; they run first, one at a time",
@@ -496,7 +500,7 @@ class Worker:
                 future.set_result(None)
                 return
 
-    def _wake_all(self) -> None:
+    def wake(self) -> None:
         for _ in range(len(self._ready)):
             self._wake_runner()
 
@@ -508,12 +512,17 @@ class Worker:
         assert task is not None
         run.task = task
         count = 0
-        while True:
+        while not run.given_up:
             lane = self._choose()
             if lane is None:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._idle.append(future)
-                await future
+                try:
+                    await future
+                except asyncio.CancelledError:  # by a timer that a handler has left behind? That is not our end
+                    if self._stopping:
+                        raise
+                    task.uncancel()
                 continue
             owned = lane.owned
             lane.running = True
@@ -539,6 +548,8 @@ class Worker:
                 self._start(lane)
             if self._ready:
                 self._wake_runner()
+            if self._suspicion.count:
+                self._suspicion.pass_on()
             count += 1
             if self._settler.full:
                 await self._settler.room()
@@ -549,17 +560,28 @@ class Worker:
         """The next lane to run. While events are suspected of killing their process, one at a time, those first."""
         if self._stopping or not self._ready:
             return None
-        if self._suspects:
-            if any(run.lane is not None for run in self._running.values()):
+        lane = self._ready[0]
+        if self._suspicion.count:
+            suspect = self._suspect()
+            if self._suspicion.busy() or (suspect is None and self._suspicion.elsewhere(self)):
                 return None
-            for lane in self._ready:
-                if any(d.suspect for d in lane.queue) or any(d.suspect for d in lane.loaded):
-                    self._ready.remove(lane)
-                    lane.ready = False
-                    return lane
-        lane = self._ready.popleft()
+            lane = suspect or lane
+        self._ready.remove(lane)
         lane.ready = False
         return lane
+
+    def _suspect(self) -> Lane | None:
+        """A lane with a suspect that may run now."""
+        for lane in () if self._stopping else self._ready:
+            if any(d.suspect for d in lane.queue) or any(d.suspect for d in lane.loaded):
+                return lane
+        return None
+
+    def has_suspect_ready(self) -> bool:
+        return self._suspect() is not None
+
+    def busy(self) -> bool:
+        return any(run.lane is not None for run in self._running.values())
 
     def _held_back(self, lane: Lane, d: Delivery) -> bool:
         """Whether the handler has as many events in hand as it may; the lane then waits for one of them."""
@@ -575,7 +597,7 @@ class Worker:
         self._active[name] = self._active.get(name, 0) + 1
         try:
             await self.deliver(d, run)
-            if self._suspects:
+            if self._suspicion.count:
                 await self._settler.flush()
             if self._outage.lasts(name):  # keeps the handler's only place until the next probe
                 await self.world.wait_until(self.world.steady() + int(PROBE_SECONDS * 1e6), self._leaving)
@@ -640,8 +662,7 @@ class Worker:
     def _on_durable(self, owned: Owned, outcome: Outcome) -> None:
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
             owned.suspects.discard(outcome.arrival.position)
-            self._suspects -= 1
-            self._wake_all()
+            self._suspicion.change(-1)
         if outcome.state == "attempted":
             return
         put_aside = outcome.state in ("dead", "retrying", "parked")
@@ -687,13 +708,16 @@ class Worker:
 
     def _forget(self, owned: Owned) -> None:
         owned.gone = True
-        if owned.suspects:
-            self._suspects -= len(owned.suspects)
-            owned.suspects.clear()
-            self._wake_all()
+        self._acquit(owned)
         if self.owned.get(owned.unit) is owned:
             del self.owned[owned.unit]
         self._changed.set()
+
+    def _acquit(self, owned: Owned) -> None:
+        """Its suspects are no longer this process' business."""
+        if owned.suspects:
+            self._suspicion.change(-len(owned.suspects))
+            owned.suspects.clear()
 
     # --- time --------------------------------------------------------------------------------------------
 
@@ -810,7 +834,7 @@ class Worker:
             self._drop_queued(owned)
         try:
             async with asyncio.timeout(grace):
-                while any(run.lane is not None for run in self._running.values()):
+                while self.busy():
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError:
@@ -851,6 +875,8 @@ class Worker:
         for run in self._running.values():
             run.given_up = True
         self._stopping = True
+        for owned in self.owned.values():
+            self._acquit(owned)
         await _end([task for task in self._tasks if task is not asyncio.current_task()])
         for run in self._running.values():
             run.close()
@@ -879,6 +905,14 @@ def _repeated(inbox: Inbox, content: int) -> Fate:
         return Skip("duplicate")
     text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
     return Dead("id_reused", "IdReused", text, "")
+
+
+def _cancelled_by_others() -> UnlostError:
+    """Without this task the service would stand still in silence: better it stops, and all is delivered again."""
+    return UsageError(
+        "UL1224", "a task of this service was cancelled by somebody else between two deliveries",
+        fix="a handler's timers must end with it: use `async with asyncio.timeout(...)`, not `call_later(..., task.cancel)`",
+    )  # fmt: skip
 
 
 async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -153,7 +153,9 @@ def _take_part(c: apsw.Connection, s: ServiceStatus, processes: dict[str, tuple[
         ProcessStatus(
             pid=processes[id][0], alive=processes[id][1].alive, hung=processes[id][1].hung, partitions=owned.get(id, 0)
         )
-        for (id,) in c.execute("select process from unlost_member where service = ? order by joined", (s.name,))
+        for (id,) in c.execute(
+            "select process from unlost_member where service = ? group by process order by min(joined)", (s.name,)
+        )
         if id in processes
     ]
 

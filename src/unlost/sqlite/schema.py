@@ -55,8 +55,8 @@ create table unlost_service (
 
 -- which processes take part in a service, and which partitions each of them has (the embedded broker's groups)
 create table unlost_member (
-    service text not null, process text not null, joined integer not null,
-    primary key (service, process)
+    service text not null, topic text not null, process text not null, joined integer not null,
+    primary key (service, topic, process)
 ) without rowid;
 create table unlost_assignment (
     service text not null, topic text not null, partition integer not null,

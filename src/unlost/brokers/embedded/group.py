@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import Sequence
 
 import apsw
@@ -151,10 +152,11 @@ class EmbeddedMember:
         process, service = self._file.process_id, self._service
 
         def work(tx: Transaction) -> None:
-            tx.execute(
-                "insert into unlost_member values (?, ?, ?) on conflict do nothing",
-                (service, process, tx.world.now()),
-            )
+            for topic in self._topics:
+                tx.execute(
+                    "insert into unlost_member values (?, ?, ?, ?) on conflict do nothing",
+                    (service, topic, process, tx.world.now()),
+                )
             for unit in self._numbers:
                 tx.execute("insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit))
 
@@ -163,9 +165,13 @@ class EmbeddedMember:
 
     async def _coordinate(self) -> list[Change]:
         """Looks at the group and takes one step towards everybody's fair share."""
+        if not self._numbers:
+            return []
         members, owners = self._file.read(self._read_group)
         me = self._file.process_id
-        if me not in members:  # we were taken for dead while we slept: all is somebody else's now
+        if any(
+            me not in members.get(topic, ()) for topic in self._topics
+        ):  # we were taken for dead while we slept: all is somebody else's now
             await self._join()
             lost = sorted(self._owned)
             self._forget(lost)
@@ -175,18 +181,22 @@ class EmbeddedMember:
             self._forget(lost)
             return [Lost(lost)]
         changes: list[Change] = []
-        live = [m for m in members if m == me or self._lives(m)]
-        dead = (set(members) | {o for o in owners.values() if o}) - set(live)
-        share = _share(live, len(self._numbers), me)
-        free = [u for u in self._numbers if owners.get(u) is None or owners[u] in dead]
-        if dead or (free and len(self._owned) < share):
+        known = {process for processes in members.values() for process in processes}
+        dead = {process for process in known | {o for o in owners.values() if o} if not self._lives(process)}
+        wanted, surplus = False, []
+        for topic in self._topics:
+            units = [unit for unit in sorted(self._numbers) if unit.topic == topic]
+            share = _share([m for m in members[topic] if m not in dead], len(units), me, topic)
+            mine = [unit for unit in units if unit in self._owned and unit not in self._revoking]
+            surplus += mine[share:]
+            wanted |= len(mine) < share and any(owners.get(unit) is None for unit in units)
+        if dead or wanted:
             taken = await self._file.write(lambda tx: self._claim(tx, dead))
             if taken:
                 self._owned.update(taken)
                 self._order = sorted(self._owned)
                 changes.append(Assigned(taken))
-        elif len(self._owned) - len(self._revoking) > share:
-            surplus = sorted(self._owned - self._revoking)[share - len(self._owned) + len(self._revoking) :]
+        elif surplus:
             self._revoking.update(surplus)
             self._paused.update(surplus)
             changes.append(Revoked(surplus))
@@ -195,7 +205,8 @@ class EmbeddedMember:
     def _claim(self, tx: Transaction, dead: set[str]) -> list[Unit]:
         """Under the write lock: what it saw may be old, so everything is looked at again."""
         me = self._file.process_id
-        if tx.one("select 1 from unlost_member where service = ? and process = ?", (self._service, me)) is None:
+        members, _ = self._read_group(tx.connection)
+        if any(me not in members.get(topic, ()) for topic in self._topics):
             return []
         for process in dead:
             if not self._lives(process):
@@ -205,9 +216,12 @@ class EmbeddedMember:
                     (self._service, process),
                 )
         members, owners = self._read_group(tx.connection)
-        mine = {unit for unit, owner in owners.items() if owner == me}
-        wanted = _share(members, len(self._numbers), me) - len(mine)
-        taken = [unit for unit in sorted(self._numbers) if owners.get(unit) is None][: max(0, wanted)]
+        taken: list[Unit] = []
+        for topic in self._topics:
+            units = [unit for unit in sorted(self._numbers) if unit.topic == topic]
+            mine = sum(owners.get(unit) == me for unit in units)
+            wanted = _share(members[topic], len(units), me, topic) - mine
+            taken += [unit for unit in units if owners.get(unit) is None][: max(0, wanted)]
         for unit in taken:
             tx.execute(
                 "update unlost_assignment set process = ? where service = ? and topic = ? and partition = ?",
@@ -221,14 +235,13 @@ class EmbeddedMember:
         remains = examine(self._file.run_folder, process)
         return remains.alive and not remains.hung
 
-    def _read_group(self, connection: apsw.Connection) -> tuple[list[str], dict[Unit, str | None]]:
-        members = [
-            row[0]
-            for row in connection.execute(
-                "select process from unlost_member where service = ? order by joined, process",
-                (self._service,),
-            )
-        ]
+    def _read_group(self, connection: apsw.Connection) -> tuple[dict[str, list[str]], dict[Unit, str | None]]:
+        """Who takes part in each topic, the oldest first, and who has what."""
+        members: dict[str, list[str]] = {}
+        for topic, process in connection.execute(
+            "select topic, process from unlost_member where service = ? order by joined, process", (self._service,)
+        ):
+            members.setdefault(topic, []).append(process)
         rows = connection.execute(
             "select topic, partition, process from unlost_assignment where service = ?", (self._service,)
         )
@@ -254,10 +267,12 @@ class EmbeddedMember:
         self._order = sorted(self._owned)
 
 
-def _share(members: Sequence[str], units: int, me: str) -> int:
-    """How many of the units are `me`'s: the same number for all, and one more for the oldest few."""
+def _share(members: Sequence[str], units: int, me: str, topic: str) -> int:
+    """How many of a topic's units are `me`'s: the same number for all, and one more for some. Topic by topic, because
+    another release of the service may have other topics; who has one more depends on the topic, so that they even out."""
     each, rest = divmod(units, len(members))
-    return each + (1 if members.index(me) < rest else 0)
+    place = (members.index(me) + zlib.crc32(topic.encode())) % len(members)
+    return each + (1 if place < rest else 0)
 
 
 class _Bells:
