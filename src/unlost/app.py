@@ -316,9 +316,9 @@ class App:
             self.file.on_broken = _report_to(broken)
             waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
             house = asyncio.create_task(self._keep_house())
-            if ready is not None:
-                ready()
             try:
+                if ready is not None:
+                    ready()
                 await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)

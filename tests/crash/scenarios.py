@@ -114,7 +114,7 @@ class Scene:
             async with app:
                 task = asyncio.create_task(app.serve())
                 end = time.monotonic() + PATIENCE
-                while not task.done() and time.monotonic() < end and not until(app.file):  # noqa: ASYNC110
+                while not task.done() and time.monotonic() < end and not until(app.file):
                     await asyncio.sleep(0.01)
                 if not clean and not task.done():
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -240,7 +240,7 @@ def zombie(scene: Scene) -> set[str]:
         @bill.on(Ordered)
         async def handle(event: Ordered, ctx: Context) -> None:
             (scene.folder / f"{me} is in").touch()
-            while not (scene.folder / f"{me} may go").exists():  # noqa: ASYNC110 - another process decides
+            while not (scene.folder / f"{me} may go").exists():
                 await asyncio.sleep(0.005)
             try:
                 async with ctx.transaction() as db:

@@ -165,3 +165,24 @@ async def test_a_service_of_which_somebody_cancels_a_task_stops_loudly(tmp_path:
         next(task for task in app._workers[0]._tasks if "_keep_time" in repr(task)).cancel()
         with pytest.raises(UsageError, match="UL1224"):
             await serving
+
+
+def test_threads_that_open_a_file_at_once_are_no_second_library(tmp_path: Path) -> None:
+    """One looks at the file while another one begins to use it: a look of ours at a file in use would drop its locks."""
+    refused: list[BaseException] = []
+
+    def opens(path: Path, start: threading.Barrier) -> None:
+        start.wait(20)
+        try:
+            File(path).close()
+        except BaseException as e:
+            refused.append(e)
+
+    for round in range(30):
+        start = threading.Barrier(4)
+        threads = [threading.Thread(target=opens, args=(tmp_path / f"{round}.db", start)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert refused == []

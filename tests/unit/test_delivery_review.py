@@ -23,7 +23,7 @@ from unlost.delivery.fate import describe
 from unlost.errors import Unavailable
 from unlost.events import seal
 from unlost.events.topic import Topic
-from unlost.ops.books import books
+from unlost.ops.books import books, gather
 from unlost.ops.shelf import letters
 from unlost.sqlite.file import File
 from unlost.sqlite.turn import Block
@@ -43,7 +43,7 @@ class Paid(Event, key="order_id", topic="payment"):
 
 async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - it looks at files and threads as well
+        while not condition():
             await asyncio.sleep(0.01)
 
 
@@ -423,7 +423,7 @@ async def test_a_topic_that_only_some_members_know_is_shared_by_them(tmp_path: P
 POISON = """
 import asyncio, os, sys
 from unlost import App, Event, Retry, Service
-from unlost.ops.books import books
+from unlost.ops.books import books, gather
 
 class Placed(Event, key="order_id", topic="order"):
     order_id: str
@@ -469,3 +469,24 @@ def test_a_service_does_not_answer_for_its_neighbour_that_kills_their_process(tm
         if ended.returncode != 9:
             break
     assert ended.stdout.strip() == "{'bad': (0, 1), 'slow': (1, 0)}", ended.stderr
+
+
+async def test_the_digest_of_a_trimmed_log_is_still_compared(tmp_path: Path) -> None:
+    """Also where the last event with an outcome has been trimmed, and only those behind it are left."""
+    service = Service("s")
+
+    @service.on(Placed)
+    async def handle(e: Placed) -> None: ...
+
+    app = App(service, topics=[Topic("order", partitions=1, retention="10s")])
+    async with running(app) as t:
+        await t.publish_all([Placed(order_id="a", n=n) for n in range(3)])
+        await t.settled()
+        await t.scale(0)
+        t.advance(60)
+        await t.publish(Placed(order_id="a", n=3))
+        assert await trim(t.app.file) == 3
+        (evidence,) = t.app.file.read(lambda c: gather(t.app.file, c))
+        assert evidence.log_digest == evidence.digest
+        await t.scale(1)
+        await t.settled()

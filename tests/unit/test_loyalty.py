@@ -43,7 +43,7 @@ def done(file: File, service: str) -> int:
 
 async def until_done(file: File, service: str, number: int) -> None:
     async with asyncio.timeout(60):
-        while done(file, service) < number:  # noqa: ASYNC110 - the others are processes
+        while done(file, service) < number:
             await asyncio.sleep(0.05)
 
 

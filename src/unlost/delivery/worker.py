@@ -361,12 +361,13 @@ class Worker:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        error = task.exception() if not task.cancelled() else None if self._stopping else _cancelled_by_others()
-        if error is not None and self._failure is not None:
-            if not self._failure.done():
-                self._failure.set_exception(error)
-            else:
-                log.error("%s: %s", self.service.name, error)
+        if self._failure is None or (task.cancelled() and (self._stopping or self._failure.done())):
+            return
+        error = _cancelled_by_others() if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
+        elif error is not None:
+            log.error("%s: %s", self.service.name, error)
 
     async def _receive(self) -> None:
         assert self._member is not None

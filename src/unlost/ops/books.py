@@ -162,7 +162,15 @@ def _digest(
         if position == start:
             return start_digest
         row = c.execute("select digest from unlost_log where at = ?", (low | (position - 1),)).fetchone()
-        return None if row is None else int(row[0])
+        if row is not None:
+            return int(row[0])
+        row = c.execute("select digest, head from unlost_log where at = ?", (low | position,)).fetchone()
+        if row is None:
+            return None
+        e = decode_head(
+            row[1], topic="", key=None, data=None
+        )  # the row before was trimmed: take this one out of its own
+        return int(row[0]) ^ event_hash(e.source, e.id)
 
     parts = []
     for a, b in runs:

@@ -99,15 +99,17 @@ class File:
         self._closed = False
         self.guard = Guard()
         self._submitting = threading.Lock()
-        self._lock_fd = guards.open_lock(guards.beside(self.path, "lock"))
+        self._lock_fd = -1
         self._connections: list[apsw.Connection] = []
         guards.protect(self.path)  # before it is open: another thread may be opening it as well
         try:
+            self._lock_fd = guards.open_lock(guards.beside(self.path, "lock"))
             self._open(check_tail)
         except BaseException:  # a refused file is let go at once, or the next attempt would find it in use
             for connection in self._connections:
                 connection.close(True)
-            os.close(self._lock_fd)
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
             guards.unprotect(self.path)
             raise
         self._bell = Bell(self.path, self.process_id)

@@ -75,18 +75,12 @@ def check_place(path: Path) -> Path:
             "UL1121", f"{path} is on a network file system, where SQLite's locks and shared memory do not work",
             found=kind, fix="put the file on a local disk (UNLOST_BROKER=embedded:///path/events.db)",
         )  # fmt: skip
-    foreign = _opened_by_another_library(path)
-    if foreign:
-        raise second_library(path, foreign)
-    _check_header(path)
     return path
 
 
 def _check_header(path: Path) -> None:
     """A file that was never ours must not get our lock and marks beside it. (Where it is open in this process, it is
     ours; and closing a second descriptor of it would drop SQLite's locks.)"""
-    if str(path) in _protected:
-        return
     try:
         if beside(path, "marks").exists():
             return
@@ -270,9 +264,17 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def protect(path: Path) -> None:
-    """From now on Python's own sqlite3 may not open this file in this process: two libraries would corrupt it."""
+    """From now on Python's own sqlite3 may not open this file in this process: two libraries would corrupt it.
+
+    Whoever is the first one here looks at the file; no other thread can open it between his look and his protection.
+    """
     with _protecting:
         _install_hook()
+        if str(path) not in _protected:
+            foreign = _opened_by_another_library(path)
+            if foreign:
+                raise second_library(path, foreign)
+            _check_header(path)
         _protected[str(path)] = _protected.get(str(path), 0) + 1
 
 
@@ -324,8 +326,8 @@ def _install_hook() -> None:
 
 
 def _opened_by_another_library(path: Path) -> str:
-    """How this process already holds the file open, unless it is by us."""
-    if str(path) in _protected or not Path("/proc/self/fd").is_dir():
+    """How this process already holds the file open, though we do not."""
+    if not Path("/proc/self/fd").is_dir():
         return ""
     for fd in Path("/proc/self/fd").iterdir():
         try:
