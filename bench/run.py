@@ -35,6 +35,7 @@ ROOT = HERE.parent
 PEERS = {"huey": 3000, "persist-queue": 3000, "dbos": 200}  # name, events
 PEERS_VENV = ROOT / ".venv-bench"
 BATCH = 100  # events in one publish_all
+SMALL_BATCH = 20
 DISTURBED = 0.1  # share of the processors' time for other programs beyond which a ratio says nothing
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay")
 
@@ -52,6 +53,7 @@ class Bench:
         self.quick = quick
         self.publish: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.two: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.two_small: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.two_single: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.latency: dict[int, Results] = {1: [], 2: []}
         self.alone: Results = []
@@ -78,6 +80,7 @@ class Bench:
             say(f"round {number + 1} of {self.rounds}")
             self.publish.append(self._pair("publish", self.events, PUBLISHERS))
             self.two.append(self._pair("two", self.events, BATCH))
+            self.two_small.append(self._pair("two", self.events, SMALL_BATCH))
             self.two_single.append(self._pair("two", self.events, 1))
             for processes in (1, 2):
                 self.latency[processes].append(self._ours("latency", self.samples, processes))
@@ -184,6 +187,9 @@ def targets(b: Bench) -> str:
         [
             ratio_row(b, f"publish, {PUBLISHERS} publishers, one event per call", b.publish, 0.3),
             ratio_row(b, f"two processes, `publish_all` of {BATCH} → handle → durable position", b.two, 0.3),
+            ratio_row(
+                b, f"two processes, `publish_all` of {SMALL_BATCH} → handle → durable position", b.two_small, 0.3
+            ),
             ratio_row(b, f"two processes, {PUBLISHERS} publishers → handle → durable position", b.two_single, 0.3),
             latency_row(b, "publish call → handler start, p50, one process", b.latency[1], 4.0),
             latency_row(b, "publish call → handler start, p50, two processes", b.latency[2], 4.0),
