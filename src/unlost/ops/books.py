@@ -15,6 +15,7 @@ from unlost.events import decode_head, event_hash
 from unlost.sqlite.file import File
 from unlost.sqlite.process import Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
+from unlost.sqlite.transaction import LogRow
 from unlost.store.progress import Runs
 
 NAMED_MAX = 1000
@@ -212,29 +213,27 @@ def _name(c: apsw.Connection, m: Missing) -> Named:
 
 def verify(file: File, limit: int = 100) -> list[str]:
     """Reads every event of the log and checks its checksum and its place in the chain of digests."""
-    from unlost.sqlite.transaction import LogRow
-
     problems: list[str] = []
 
     def work(c: apsw.Connection) -> None:
         topics = c.execute("select name, first_number, partitions from unlost_topic").fetchall()
         for name, first, partitions in topics:
             for number in range(first, first + partitions):
-                _verify_partition(c, name, number - first, number, problems, limit, LogRow)
+                _verify_partition(c, name, number - first, number, problems, limit)
 
     file.read(work)
     return problems
 
 
 def _verify_partition(
-    c: apsw.Connection, topic: str, partition: int, number: int, problems: list[str], limit: int, row_type: type
+    c: apsw.Connection, topic: str, partition: int, number: int, problems: list[str], limit: int
 ) -> None:
     low, before = number << POSITION_BITS, None
     for raw in c.execute(
         "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at",
         (low, low | POSITION_MAX),
     ):
-        row = row_type(*raw)
+        row = LogRow(*raw)
         if len(problems) >= limit:
             return
         where = f"{topic}/{partition}:{row.position}"

@@ -43,7 +43,6 @@ class EmbeddedMember:
         self._paused: set[Unit] = set()
         self._looked = float("-inf")
         self._order: list[Unit] = []
-        self._joined = False
         self._closed = False
 
     async def open(self) -> None:
@@ -161,7 +160,6 @@ class EmbeddedMember:
                 tx.execute("insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit))
 
         await self._file.write(work)
-        self._joined = True
 
     async def _coordinate(self) -> list[Change]:
         """Looks at the group and takes one step towards everybody's fair share."""
