@@ -1,9 +1,11 @@
-"""Every error of unlost, sorted by what its reader must do. Imports nothing.
+"""Every error of unlost, sorted by what its reader must do. Imports nothing of ours.
 
 Each carries a stable code and says what was expected, what was found and what to do next.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 
 class UnlostError(Exception):
@@ -50,6 +52,31 @@ class OutcomeUnknown(UnlostError):
     """Nobody can say whether it was accepted. Publishing again with the same id is safe."""
 
     exit_code = 5
+
+
+class PartlyPublished(OutcomeUnknown):
+    """Of one `publish_all` some events are accepted and some are not, or nobody can say. Publishing the failed ones
+    again with the same ids is safe.
+
+    `receipts` has one for each event in order, None where it was not accepted; `failed` says why, by place.
+    """
+
+    def __init__(
+        self, code: str, what: str, *, found: str = "", fix: str = "",
+        receipts: Sequence[object] = (), failed: Mapping[int, UnlostError] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(code, what, found=found, fix=fix)
+        self.receipts = receipts
+        self.failed = dict(failed or {})
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_partly, (self.code, self.what, self.found, self.fix, tuple(self.receipts), self.failed))
+
+
+def _rebuild_partly(
+    code: str, what: str, found: str, fix: str, receipts: Sequence[object], failed: Mapping[int, UnlostError]
+) -> UnlostError:
+    return PartlyPublished(code, what, found=found, fix=fix, receipts=receipts, failed=failed)
 
 
 class Damaged(UnlostError):

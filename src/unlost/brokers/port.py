@@ -8,7 +8,8 @@ stream are the same few verbs with other arguments.
   of which the first has returned.
 - A `Member` receives what its service's partitions hold, each partition's events in the order of the log, from
   the position that `seek` names. It hands out a partition only between `Assigned` and `Revoked`/`Lost`.
-- Delivering twice is allowed, skipping is not: where the log has a hole, `receive` raises `Damaged`.
+- Delivering twice is allowed, skipping is not: where the log holds no event any more, `receive` says so (`Gone`);
+  where it is not the log that it was, it raises `Damaged`.
 - Driver exceptions never leave an adapter: callers see `Unavailable`, `OutcomeUnknown`, `UsageError`, `Damaged`.
 
 The suite `unlost.testing.check_broker` holds every adapter to this.
@@ -16,13 +17,14 @@ The suite `unlost.testing.check_broker` holds every adapter to this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
 from unlost.events import Envelope
-from unlost.events.topic import Arrival, Topic, TopicInfo, Unit
+from unlost.events.topic import Arrival, Gap, Topic, TopicInfo, Unit
 
 Survives = Literal["process death", "power loss of one machine", "power loss of all machines"]
 SURVIVES_ORDER: tuple[Survives, ...] = (
@@ -54,10 +56,18 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     recorded: int  # microseconds since 1970
 
 
+class Saved(NamedTuple):
+    """What was acknowledged last of a unit, where the broker remembers that: the position and our note beside it."""
+
+    position: int
+    note: str
+
+
 class Assigned(NamedTuple):
     """These units are this member's now. Nothing arrives before `seek`."""
 
     units: Sequence[Unit]
+    saved: Mapping[Unit, Saved] = MappingProxyType({})
 
 
 class Revoked(NamedTuple):
@@ -77,7 +87,22 @@ class Arrivals(NamedTuple):
     events: Sequence[Arrival]
 
 
-Change = Assigned | Revoked | Lost | Arrivals
+class Gone(NamedTuple):
+    """The unit's log goes on behind these positions; they hold no event (any more)."""
+
+    unit: Unit
+    gap: Gap
+
+
+class Ack(NamedTuple):
+    """Everything of the unit below `position` has an outcome; `note` is kept beside it."""
+
+    unit: Unit
+    position: int
+    note: str
+
+
+Change = Assigned | Revoked | Lost | Arrivals | Gone
 
 
 class Member(Protocol):
@@ -94,20 +119,46 @@ class Member(Protocol):
 
     def resume(self, unit: Unit) -> None: ...
 
-    async def ack(self, unit: Unit, position: int, note: str) -> None:
-        """Makes progress durable where the broker keeps it. Never called when `commits_with_store`."""
+    async def ack(self, acks: Sequence[Ack]) -> None:
+        """Tells the broker how far its log was handled, so that its own tools see it. The store is the authority; so
+        this comes after `Store.settle`, and a unit that is not ours any more is left out. Never called when
+        `commits_with_store`."""
 
     async def release(self, units: Sequence[Unit]) -> None:
-        """Gives units back; another member may have them at once."""
+        """Gives units back; another member may have them at once. Of a unit that was not revoked (the store says that
+        another process took it): if the broker still says it is ours, it is assigned to us anew after a moment."""
 
     async def close(self) -> None:
         """Leaves the group. What was not released is taken over by others as after a crash."""
 
 
+class Log(Protocol):
+    """The log as operators look at it: blocking calls, without taking part in anything."""
+
+    def topics(self) -> Sequence[TopicInfo]: ...
+
+    def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
+        """Up to `limit` events from `start` on, in order; fewer than `limit` does not mean that there are no more,
+        none at all does."""
+
+    def at(self, topic: str, partition: int, micros: int) -> int:
+        """A position before which no event stands that was recorded at or after this time (microseconds)."""
+
+    def wait(self, seconds: float) -> None:
+        """Until there may be something new, at most so long."""
+
+    def close(self) -> None: ...
+
+
 class Broker(Protocol):
     """Moves events. See the top of this file for what each adapter promises."""
 
-    abilities: Abilities
+    @property
+    def abilities(self) -> Abilities: ...
+
+    @property
+    def identity(self) -> str:
+        """Which broker this is, for good: positions saved with one mean nothing on another."""
 
     async def open(self) -> None: ...
 
@@ -127,7 +178,15 @@ class Broker(Protocol):
         **After a crash** before the return the events may be in the log or not; publishing again is safe.
 
         Raises:
-            Unavailable: surely nothing was accepted. OutcomeUnknown: nobody can say.
+            Unavailable: surely nothing was accepted. OutcomeUnknown: nobody can say. PartlyPublished: some were
+            accepted (never where `atomic_batches`).
+        """
+
+    def check(self, envelope: Envelope) -> None:
+        """Says at once what this broker would never accept (too large, say).
+
+        Raises:
+            UsageError: why.
         """
 
     async def join(self, service: str, topics: Sequence[str]) -> Member:

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from unlost.events.envelope import Envelope
+from unlost.events.model import Event
+
+
+class Foreign(msgspec.Struct, frozen=True, kw_only=True):
+    """A message of a producer that does not write CloudEvents, as a topic's decoder gets it."""
+
+    topic: str
+    partition: int
+    position: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    recorded: int  # microseconds since 1970
+
+
+Decoder = Callable[[Foreign], Event | None]
 
 
 class Topic(msgspec.Struct, frozen=True):
     """A named, partitioned log. Its number of partitions is fixed when it is created.
 
-    `retention` (seconds, or text such as "30d") lets the log forget handled events of that age; without it
-    everything is kept. No retention ever removes an event that a service has not finished with.
+    - `retention` (seconds, or text such as "30d") lets the log forget events of that age; without it everything is
+      kept. The embedded log never forgets an event that a service has not finished with; Kafka does, and then it is
+      named as expired.
+    - `replication` and `min_insync` (replicas) say how many copies a broker of several machines keeps, and how many
+      must have an event before it is accepted. Without them: three and two, or what the cluster has.
+    - `decoder` makes events of what producers write that do not know unlost or CloudEvents. It returns an event, or
+      None for a message that is nothing to anybody (`skipped(decoder)`).
 
     Example:
         >>> Topic("order", partitions=32, retention="30d").partitions
@@ -24,6 +45,9 @@ class Topic(msgspec.Struct, frozen=True):
     name: str
     partitions: int = 8
     retention: str | float | None = None
+    replication: int | None = None
+    min_insync: int | None = None
+    decoder: Decoder | None = None
 
 
 class TopicInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +58,8 @@ class TopicInfo(msgspec.Struct, frozen=True, kw_only=True):
     partitions: int
     ranges: Sequence[tuple[int, int]]  # per partition: first position, position after the last
     retention: float | None = None
+    replication: int = 1
+    survives: str = ""  # what an event accepted on this topic survives; empty: what the broker says
 
 
 class Unit(NamedTuple):
@@ -45,6 +71,20 @@ class Unit(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.service} {self.topic}/{self.partition}"
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """Positions [start, end) of a log that hold no event (any more).
+
+    - `void`: no event was ever there (a marker of a transaction);
+    - `expired`: the broker's retention removed them unread;
+    - `unaccountable`: nobody can say what was there (compaction, a damaged log).
+    """
+
+    start: int
+    end: int
+    kind: Literal["void", "expired", "unaccountable"]
+    why: str = ""
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
