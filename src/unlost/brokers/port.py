@@ -17,7 +17,7 @@ The suite `unlost.testing.check_broker` holds every adapter to this.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
@@ -44,6 +44,8 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
     delayed: bool  # can hold an event back until a time
     atomic_batches: bool  # publish_all is all or nothing
     commits_with_store: bool  # publishing and settling can be one commit
+    death_seconds: float = 2.0  # after how long a dead member's units are somebody else's
+    leave_seconds: float = 0.5  # the same for one that left cleanly
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -195,7 +197,11 @@ class Broker(Protocol):
     async def keep_house(self) -> None:
         """What is to be done now and then while a program runs, such as trimming what retention lets go."""
 
-    async def topics(self) -> Sequence[TopicInfo]: ...
+    async def topics(self, names: Collection[str] | None = None) -> Sequence[TopicInfo]:
+        """All topics, or those of these names that exist."""
+
+    def reread(self, topic: str, partition: int, arrival: Arrival) -> Arrival:
+        """Tries again to make an event of bytes that were none, now that the code may be another."""
 
     async def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
         """Events from `start` on, without taking part in anything. Only where `replayable`."""

@@ -293,7 +293,7 @@ def _number(attributes: dict[str, Any], name: str, least: int, end: int) -> int 
 
 
 @lru_cache(maxsize=64)
-def _is_second(text: str) -> bool:
+def is_second(text: str) -> bool:
     try:
         return bool(_RFC3339.fullmatch(text + "Z")) and bool(datetime.fromisoformat(text))
     except ValueError:
@@ -303,7 +303,7 @@ def _is_second(text: str) -> bool:
 def _check_time(name: str, text: str) -> None:
     # As `seal` writes it: many events share a second, so only the fraction is looked at each time.
     if len(text) == 27 and text[26] == "Z" and text[19] == "." and text.isascii() and text[20:26].isdigit():
-        if _is_second(text[:19]):
+        if is_second(text[:19]):
             return
         _wrong(name, text, "a time as RFC 3339 writes it")
     try:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from unlost.events.codec import encode_head
 from unlost.events.envelope import Envelope
 from unlost.events.model import Event
 
@@ -88,16 +89,28 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """An event as it was received. `envelope` is None when its bytes are no event; `problem` says why."""
+    """An event as it was received. `envelope` is None when its bytes are no event; `problem` says why.
+
+    `head` is how its attributes are stored beside `data`; None: as `encode_head` writes the envelope. `rule` is the
+    declared rule by which it is nobody's business (`skipped`).
+    """
 
     position: int
     envelope: Envelope | None
     recorded: int
-    head: bytes
+    head: bytes | None
     key: bytes | None
     data: bytes | None
     problem: str = ""
+    rule: str = ""
 
     @property
     def size(self) -> int:
-        return len(self.head) + len(self.data or b"") + len(self.key or b"")
+        return len(self.head or b"") + len(self.data or b"") + len(self.key or b"")
+
+    @property
+    def stored_head(self) -> bytes:
+        """The attributes in the form in which they are kept."""
+        if self.head is not None:
+            return self.head
+        return b"" if self.envelope is None else encode_head(self.envelope)

@@ -436,7 +436,7 @@ def _wait(tx: Transaction, unit: Unit, o: Outcome) -> None:
             o.due,
             len(o.attempts),
             _json.encode(o.attempts).decode(),
-            a.head,
+            a.stored_head,
             a.data,
             a.recorded,
         ),
@@ -456,7 +456,7 @@ def _shelve(tx: Transaction, unit: Unit, o: Outcome) -> None:
             *unit, a.position, death.handler,
             e.id if e else "", e.source if e else "", e.type if e else "", a.key, e.traceparent if e else None,
             death.reason, death.error_type, death.error, death.stack, _json.encode(o.attempts).decode(),
-            death.parks, tx.world.now(), a.head, a.data, a.recorded,
+            death.parks, tx.world.now(), a.stored_head, a.data, a.recorded,
         ),
     )  # fmt: skip
 

@@ -1,0 +1,679 @@
+"""Taking part in a consumer group: one thread polls for as long as we are a member, the event loop does the rest.
+
+**Guarantee** between what `seek` named and what is handed over nothing is left out: each position is an event or
+part of a gap that is named (`Gone`). A jump in the positions is believed only when reading again shows the same.
+A partition that is taken from us is handed back first, within `DRAIN_SECONDS`; one that was lost is never committed.
+**After a crash** the group gives our partitions to others when the session times out.
+
+Two threads, one rule each: the poll thread alone touches the consumer, the event loop alone touches positions.
+Between them go `_inbox` (what happened, in order) and `_orders` (what to do, in order). A seek makes a new token, and
+messages carry the token they were fetched under, so what was fetched before a seek is never taken for what follows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from unlost.brokers.kafka.refusals import sorted_error
+from unlost.brokers.kafka.settings import Settings
+from unlost.brokers.kafka.topics import Cluster, Described
+from unlost.brokers.kafka.wire import arrival_of
+from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Gone, Lost, Revoked, Saved
+from unlost.errors import Damaged, UnlostError, UsageError
+from unlost.events.topic import Arrival, Decoder, Gap, Unit
+from unlost.world import REAL
+
+log = logging.getLogger("unlost.kafka")
+
+POLL_SECONDS = 0.05
+BATCH = 500  # messages of one call to the client
+TAKE_BYTES = 8 * 1024 * 1024  # what one `receive` hands over
+BACKLOG_MAX = 2000  # messages that the event loop has not taken yet
+BACKLOG_BYTES_MAX = 32 * 1024 * 1024
+HELD_MAX = 2000  # messages of a paused unit, before the client is told to pause it too
+HELD_BYTES_MAX = 16 * 1024 * 1024
+STALL_SECONDS = 0.5  # an event loop that takes nothing for so long is blocked: partitions pause, polling goes on
+DRAIN_SECONDS = 10.0  # how long a revoked partition may take to be handed back
+AGAIN_SECONDS = 1.0  # until a unit that we let go of, but still have, is offered to us again
+CHECK_SECONDS = 10.0  # how often it is checked that the topics are still the same
+ASK_SECONDS = 10.0
+SILENT_SECONDS = 20.0
+
+Place = tuple[str, int]  # topic as the cluster names it, partition
+
+
+class _Batch(NamedTuple):
+    tokens: Mapping[Place, int]
+    messages: deque[Message]
+
+
+class _Range(NamedTuple):
+    """What the log really holds, looked up after a read out of range."""
+
+    place: Place
+    token: int
+    low: int
+    high: int
+
+
+class KafkaMember:
+    """This process' part in a service. Used from one event loop."""
+
+    def __init__(
+        self, settings: Settings, cluster: Cluster, service: str, topics: Mapping[str, Described],
+        decoders: Mapping[str, Decoder], retained: Mapping[str, bool],
+    ) -> None:  # fmt: skip
+        self._settings = settings
+        self._cluster = cluster
+        self._service = service
+        self._topics = dict(topics)  # by their names on the cluster
+        self._decoders = decoders
+        self._retained = retained
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+        self._inbox: deque[_Batch | _Range | Change | BaseException] = deque()
+        # the event loop's
+        self._next: dict[Place, int] = {}  # of units that were sought
+        self._tokens: dict[Place, int] = {}
+        self._token = 0
+        self._owned: dict[Place, Unit] = {}
+        self._paused: set[Place] = set()
+        self._held: dict[Place, deque[Arrival]] = {}
+        self._held_bytes: dict[Place, int] = {}
+        self._stopped: set[Place] = set()  # paused in the client as well
+        self._jumped: dict[Place, int] = {}  # a jump was seen here, and is read again
+        self._bad: dict[Place, str] = {}  # the client could not read something here
+        self._closed = False
+        # the poll thread's
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._assigned: set[Place] = set()
+        self._fetching: dict[Place, int] = {}  # the token of the last seek that was carried out
+        self._quiet: set[Place] = set()  # must stay paused
+        self._news: list[Place] = []  # assigned, and not announced yet
+        self._again: list[tuple[float, Place]] = []
+        self._seeks: list[tuple[Place, int, int]] = []  # those that came too early
+        self._posted = self._posted_bytes = 0
+        self._taken = self._taken_bytes = 0  # (written by the event loop)
+        self._room = threading.Event()
+        self._ended = asyncio.Event()
+        self._blocked_since: float | None = None
+        self._all_paused = False
+        self._checked = REAL.monotonic()
+        self._closing = threading.Event()
+        self._handed_back: set[Place] = set()
+        self._trouble = ""
+        self._trouble_since: float | None = None
+        self._said = 0.0
+        self._consumer = Consumer(
+            settings.consumer(settings.prefix + service, error_cb=self._on_error, on_commit=self._on_commit)
+        )
+        self._thread = threading.Thread(target=self._run, name=f"unlost-kafka-{service}", daemon=True)
+        self._thread.start()
+
+    # --- the port ----------------------------------------------------------------------------------------
+
+    async def receive(self) -> Sequence[Change]:
+        while True:
+            if self._closed:
+                raise UsageError("UL1115", "this member has left its service", fix="join again for a new one")
+            self._wake.clear()
+            changes = self._take()
+            if changes:
+                return changes
+            await self._wake.wait()
+
+    def seek(self, unit: Unit, position: int) -> None:
+        place = self._place(unit)
+        if place not in self._owned:
+            return
+        self._held.pop(place, None)
+        self._held_bytes.pop(place, None)
+        self._jumped.pop(place, None)
+        self._stopped.discard(place)
+        self._go_to(place, position)
+
+    def pause(self, unit: Unit) -> None:
+        self._paused.add(self._place(unit))
+
+    def resume(self, unit: Unit) -> None:
+        place = self._place(unit)
+        self._paused.discard(place)
+        self._wake.set()
+
+    async def ack(self, acks: Sequence[Ack]) -> None:
+        places = [
+            TopicPartition(*self._place(a.unit), a.position, a.note)
+            for a in acks
+            if self._place(a.unit) in self._owned
+        ]
+        if places:
+            leaving = any((p.topic, p.partition) not in self._next for p in places) or self._closed
+            await self._order(lambda: self._commit(places, wait=leaving), wait=leaving)
+
+    async def release(self, units: Sequence[Unit]) -> None:
+        places = [self._place(unit) for unit in units]
+        for place in places:
+            self._forget(place)
+        await self._order(lambda: self._let_go(places), wait=False)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._wake.set()
+        self._closing.set()
+        self._room.set()
+        await asyncio.to_thread(self._thread.join)
+
+    # --- the event loop's side ---------------------------------------------------------------------------
+
+    def _take(self) -> list[Change]:
+        """What has happened since, as far as one call may hand over."""
+        changes: list[Change] = []
+        found: dict[Place, list[Arrival]] = {}
+        size = 0
+        for place in [p for p in self._held if p not in self._paused and p in self._next]:
+            changes.append(self._unhold(place))
+        while self._inbox and size < TAKE_BYTES:
+            item = self._inbox[0]
+            if isinstance(item, _Batch):
+                size += self._read(item, found, changes)
+                if item.messages:
+                    break
+                self._inbox.popleft()
+                continue
+            if found:
+                break  # what was found belongs before it
+            self._inbox.popleft()
+            if isinstance(item, BaseException):
+                if changes:
+                    self._inbox.appendleft(item)
+                    break
+                raise item
+            if isinstance(item, _Range):
+                self._on_range(item, changes)
+            else:
+                self._on_change(item)
+                changes.append(item)
+        changes += [Arrivals(self._owned[place], events) for place, events in found.items()]
+        return changes
+
+    def _on_change(self, change: Change) -> None:
+        if isinstance(change, Assigned):
+            for unit in change.units:
+                self._owned[self._place(unit)] = unit
+        elif isinstance(change, Revoked):
+            for unit in change.units:
+                self._next.pop(self._place(unit), None)  # nothing more of it arrives
+        elif isinstance(change, Lost):
+            for unit in change.units:
+                self._forget(self._place(unit))
+
+    def _read(self, batch: _Batch, found: dict[Place, list[Arrival]], changes: list[Change]) -> int:
+        """Messages as arrivals, until all are read or it is enough for one call. Returns bytes."""
+        messages, tokens = batch.messages, batch.tokens
+        live = {p for p, token in self._tokens.items() if p in self._next and tokens.get(p) == token}
+        size = taken = 0
+        before = len(messages)
+        while messages and size < TAKE_BYTES:
+            m = messages.popleft()
+            taken += len(m)
+            place = (m.topic(), m.partition())
+            error = m.error()
+            if error is not None and place not in live:
+                self._on_message_error(place, error, None)
+                continue
+            if place not in live:
+                continue  # fetched before it was taken from us, or before a seek
+            position, expected = m.offset(), self._next[place]
+            if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                self._on_message_error(place, error, self._tokens[place])
+                continue
+            if position < expected:
+                continue  # seen before
+            if position > expected:
+                if not self._believe(place, expected, position):
+                    live.discard(place)
+                    continue
+                if found.get(place):
+                    changes.append(Arrivals(self._owned[place], found.pop(place)))
+                changes.append(Gone(self._owned[place], self._gap(place, expected, position)))
+                self._next[place] = position
+            if error is not None:
+                continue  # the end, for now
+            topic, partition = place
+            name = topic[len(self._settings.prefix) :]
+            value = m.value()
+            a = arrival_of(
+                name, partition, position, max(0, m.timestamp()[1]), m.key(), value, m.headers() or (),
+                self._decoders.get(name) if self._decoders else None,
+            )  # fmt: skip
+            self._next[place] = position + 1
+            size += len(value) if value else 0
+            if place in self._paused or place in self._held:
+                self._hold(place, a)
+            else:
+                events = found.get(place)
+                if events is None:
+                    found[place] = [a]
+                else:
+                    events.append(a)
+        self._taken += before - len(messages)
+        self._taken_bytes += taken
+        self._room.set()
+        return size
+
+    def _hold(self, place: Place, a: Arrival) -> None:
+        """A paused unit's events wait here: telling the client each time would throw away what it has fetched."""
+        held = self._held.setdefault(place, deque())
+        held.append(a)
+        self._held_bytes[place] = self._held_bytes.get(place, 0) + a.size
+        if place not in self._stopped and (len(held) > HELD_MAX or self._held_bytes[place] > HELD_BYTES_MAX):
+            self._stopped.add(place)
+            self._orders.put(lambda: self._be_quiet(place))
+
+    def _unhold(self, place: Place) -> Arrivals:
+        held, arrivals, size = self._held[place], list[Arrival](), 0
+        while held and size < TAKE_BYTES:
+            arrivals.append(held.popleft())
+            size += arrivals[-1].size
+        self._held_bytes[place] -= size
+        if held:
+            self._wake.set()  # there is more
+        else:
+            del self._held[place], self._held_bytes[place]
+            if place in self._stopped:
+                self._stopped.discard(place)
+                self._orders.put(lambda: self._unquiet(place))
+        return Arrivals(self._owned[place], arrivals)
+
+    def _believe(self, place: Place, expected: int, position: int) -> bool:
+        """A jump is real if a second read from the same position shows it too."""
+        if self._topics[place[0]].compacted or self._jumped.pop(place, None) == expected:
+            return True
+        self._jumped[place] = expected
+        self._go_to(place, expected)
+        return False
+
+    def _gap(self, place: Place, start: int, end: int) -> Gap:
+        bad = self._bad.pop(place, None)
+        if bad is not None:
+            return Gap(start, end, "unaccountable", bad)
+        if self._topics[place[0]].compacted:
+            return Gap(start, end, "unaccountable", "the topic is compacted: what was here may have been removed unread")
+        return Gap(start, end, "void", "markers of transactions")
+
+    def _on_message_error(self, place: Place, error: KafkaError, token: int | None) -> None:
+        code = error.code()
+        if code == KafkaError._PARTITION_EOF:
+            return
+        if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            if token is not None:
+                self._orders.put(lambda: self._look_up(place, token))
+        elif code in (KafkaError._BAD_MSG, KafkaError.INVALID_MSG, KafkaError._BAD_COMPRESSION):
+            self._bad[place] = f"the client could not read it: {error.str()}"
+            log.error("%s/%d: %s", *place, error.str())
+        elif code in (
+            KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC,
+            KafkaError.UNKNOWN_TOPIC_ID,
+        ):  # fmt: skip
+            self._orders.put(self._check_topics)
+        elif code in (
+            KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED,
+        ) or error.fatal():  # fmt: skip
+            self._inbox.append(sorted_error(error, f"reading for {self._service}"))
+            self._wake.set()
+        else:
+            log.warning("%s: %s", self._service, error.str())
+
+    def _on_range(self, found: _Range, changes: list[Change]) -> None:
+        place = found.place
+        if self._tokens.get(place) != found.token or place not in self._next:
+            return
+        expected = self._next[place]
+        unit = self._owned[place]
+        if expected > found.high:
+            raise Damaged(
+                "UL3021", f"the log of {unit.topic}/{unit.partition} ends before what {self._service!r} has handled",
+                found=f"it ends at {found.high}, the next position is {expected}: the cluster has lost events that it had accepted",
+                fix="see its brokers' logs for an unclean election or a lost disk; `unlost audit` says what was handled",
+            )  # fmt: skip
+        if expected < found.low:
+            declared = self._retained.get(unit.topic, False)
+            why = "retention removed them before they were handled" + ("" if declared else "; this App declares no retention")
+            log.error("%s: positions %d to %d are gone: %s", unit, expected, found.low - 1, why)
+            changes.append(Gone(unit, Gap(expected, found.low, "expired", why)))
+            self._next[place] = found.low
+        self._go_to(place, self._next[place])
+
+    def _go_to(self, place: Place, position: int) -> None:
+        self._token += 1
+        token = self._tokens[place] = self._token
+        self._next[place] = position
+        self._orders.put(lambda: self._do_seek(place, position, token))
+
+    def _forget(self, place: Place) -> None:
+        for table in (self._next, self._tokens, self._owned, self._held, self._held_bytes, self._jumped, self._bad):
+            table.pop(place, None)  # type: ignore[attr-defined]
+        self._paused.discard(place)
+        self._stopped.discard(place)
+
+    def _place(self, unit: Unit) -> Place:
+        return (self._settings.prefix + unit.topic, unit.partition)
+
+    def _unit(self, place: Place) -> Unit:
+        return Unit(self._service, place[0][len(self._settings.prefix) :], place[1])
+
+    async def _order(self, work: Callable[[], None], *, wait: bool) -> None:
+        """Has the poll thread do something; with `wait`, raises what it raises."""
+        if not wait:
+            self._orders.put(work)
+            return
+        future: asyncio.Future[None] = self._loop.create_future()
+
+        def told(error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        def job() -> None:
+            error: BaseException | None = None
+            try:
+                work()
+            except UnlostError as e:
+                error = e
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(told, error)
+
+        self._orders.put(job)
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait([future, ended], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if future.done():
+            future.result()
+
+    # --- the poll thread's side --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        consumer = self._consumer
+        try:
+            consumer.subscribe(
+                sorted(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+            while not self._closing.is_set():
+                self._obey()
+                self._late_seeks()
+                if self._is_full():
+                    continue
+                first = consumer.poll(POLL_SECONDS)
+                if first is not None:
+                    messages = deque(consumer.consume(BATCH - 1, 0))
+                    messages.appendleft(first)
+                    self._post_messages(messages)
+                self._announce()
+                self._watch()
+        except UnlostError as e:
+            self._post(e)
+        except KafkaException as e:
+            self._post(sorted_error(e, f"reading for {self._service}"))
+        except BaseException as e:  # a bug of ours: the service stops, and all is delivered again
+            self._post(e)
+        finally:
+            self._closing.set()
+            self._obey()
+            with contextlib.suppress(KafkaException, RuntimeError):
+                consumer.close()
+            with contextlib.suppress(RuntimeError):  # that loop has ended
+                self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _post(self, item: _Batch | _Range | Change | BaseException) -> None:
+        self._inbox.append(item)
+        with contextlib.suppress(RuntimeError):  # that loop has ended
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def _post_messages(self, messages: deque[Message]) -> None:
+        self._posted += len(messages)
+        self._posted_bytes += sum(map(len, messages))
+        self._post(_Batch(self._fetching, messages))
+
+    def _obey(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._orders.get_nowait()()
+
+    def _is_full(self) -> bool:
+        """Whether the event loop has enough to do. Polling must go on even then, or the group would throw us out."""
+        if (
+            self._posted - self._taken < BACKLOG_MAX
+            and self._posted_bytes - self._taken_bytes < BACKLOG_BYTES_MAX
+        ):
+            self._blocked_since = None
+            if self._all_paused:
+                self._all_paused = False
+                self._client_resume([p for p in self._assigned if p in self._fetching and p not in self._quiet])
+            return False
+        now = REAL.monotonic()
+        if self._blocked_since is None:
+            self._blocked_since = now
+        if now - self._blocked_since > STALL_SECONDS and not self._all_paused:
+            self._all_paused = True
+            self._client_pause(self._assigned)
+        if self._all_paused:
+            message = self._consumer.poll(POLL_SECONDS)  # for the sake of the group
+            if message is not None:
+                self._post_messages(deque([message]))
+        else:
+            self._room.clear()
+            self._room.wait(POLL_SECONDS)
+        self._announce()
+        return True
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """From the end and paused: nothing is fetched before `seek`, and no saved offset is asked for."""
+        places = [(p.topic, p.partition) for p in partitions]
+        consumer.incremental_assign([TopicPartition(*place, OFFSET_END) for place in places])
+        self._client_pause(places)
+        self._assigned.update(places)
+        self._news += places
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        places = {(p.topic, p.partition) for p in partitions}
+        self._news = [p for p in self._news if p not in places]
+        announced = places & self._assigned - set(self._handed_back)
+        if announced and not self._closing.is_set():
+            self._handed_back.clear()
+            self._post(Revoked([self._unit(p) for p in sorted(announced)]))
+            end = REAL.monotonic() + DRAIN_SECONDS
+            while not announced <= self._handed_back and REAL.monotonic() < end and not self._closing.is_set():
+                with contextlib.suppress(queue.Empty):
+                    self._orders.get(timeout=0.02)()
+            if late := announced - self._handed_back:
+                log.warning("%s: %d partitions are taken from us with handlers still at work", self._service, len(late))
+                self._post(Lost([self._unit(p) for p in sorted(late)]))
+        self._drop(places)
+        consumer.incremental_unassign([TopicPartition(*p) for p in sorted(places)])
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        places = {(p.topic, p.partition) for p in partitions}
+        self._news = [p for p in self._news if p not in places]
+        self._post(Lost([self._unit(p) for p in sorted(places)]))
+        self._drop(places)
+        consumer.incremental_unassign([TopicPartition(*p) for p in sorted(places)])
+
+    def _drop(self, places: set[Place]) -> None:
+        self._assigned -= places
+        self._quiet -= places
+        self._handed_back -= places
+        self._fetching = {p: t for p, t in self._fetching.items() if p not in places}
+        self._seeks = [s for s in self._seeks if s[0] not in places]
+        self._again = [a for a in self._again if a[1] not in places]
+
+    def _announce(self) -> None:
+        """Tells of new partitions, with what the group remembers of them."""
+        now = REAL.monotonic()
+        self._news += [place for due, place in self._again if due <= now and place in self._assigned]
+        self._again = [(due, place) for due, place in self._again if due > now]
+        if not self._news:
+            return
+        self._check_topics()
+        places = [TopicPartition(*p) for p in self._news]
+        try:
+            committed = self._consumer.committed(places, ASK_SECONDS)
+        except KafkaException as e:
+            error = e.args[0]
+            if error.name() in ("GROUP_AUTHORIZATION_FAILED", "TOPIC_AUTHORIZATION_FAILED") or error.fatal():
+                raise
+            log.warning("%s: the group's offsets cannot be read yet: %s", self._service, error.str())
+            return  # again in the next turn
+        self._news = [p for p in self._news if p in self._assigned]
+        saved = {
+            self._unit((p.topic, p.partition)): Saved(p.offset, p.metadata or "")
+            for p in committed
+            if p.error is None and p.offset >= 0
+        }
+        self._post(Assigned([self._unit(p) for p in self._news], saved))
+        self._handed_back -= set(self._news)
+        self._news = []
+
+    def _do_seek(self, place: Place, position: int, token: int) -> None:
+        if place not in self._assigned:
+            return
+        self._quiet.discard(place)
+        target = TopicPartition(*place, position)
+        try:
+            if not self._all_paused:
+                self._consumer.resume([target])
+            self._consumer.seek(target)
+        except KafkaException as e:
+            if e.args[0].code() in (KafkaError._STATE, KafkaError._TIMED_OUT, KafkaError._PREV_IN_PROGRESS):
+                self._seeks.append((place, position, token))  # the client is not so far yet
+                return
+            raise
+        self._fetching = {**self._fetching, place: token}
+
+    def _late_seeks(self) -> None:
+        seeks, self._seeks = self._seeks, []
+        for seek in seeks:
+            self._do_seek(*seek)
+
+    def _be_quiet(self, place: Place) -> None:
+        if place in self._assigned:
+            self._quiet.add(place)
+            self._client_pause([place])
+
+    def _unquiet(self, place: Place) -> None:
+        self._quiet.discard(place)
+        if place in self._assigned and not self._all_paused:
+            self._client_resume([place])
+
+    def _let_go(self, places: Sequence[Place]) -> None:
+        """The worker has let go of them; those that the group still says are ours come back after a moment."""
+        self._handed_back.update(p for p in places if p in self._assigned)
+        still = [p for p in places if p in self._assigned]
+        for place in still:
+            self._be_quiet(place)
+            self._again.append((REAL.monotonic() + AGAIN_SECONDS, place))
+
+    def _commit(self, places: list[TopicPartition], *, wait: bool) -> None:
+        mine = [p for p in places if (p.topic, p.partition) in self._assigned]
+        if not mine:
+            return
+        try:
+            self._consumer.commit(offsets=mine, asynchronous=not wait)
+        except KafkaException as e:  # the store has it all: this is for those who look at the group
+            log.info("%s: the group's offsets were not saved: %s", self._service, e.args[0].str())
+
+    def _on_commit(self, error: KafkaError | None, _places: list[TopicPartition]) -> None:
+        if error is not None:
+            log.info("%s: the group's offsets were not saved: %s", self._service, error.str())
+
+    def _client_pause(self, places: Any) -> None:
+        with contextlib.suppress(KafkaException):  # taken from us at this moment
+            self._consumer.pause([TopicPartition(*p) for p in places])
+
+    def _client_resume(self, places: Any) -> None:
+        with contextlib.suppress(KafkaException):
+            self._consumer.resume([TopicPartition(*p) for p in places])
+
+    def _look_up(self, place: Place, token: int) -> None:
+        """A read was out of range: is the topic another one now, or has its log moved on?"""
+        if place not in self._assigned:
+            return
+        self._check_topics()
+        try:
+            low, high = self._consumer.get_watermark_offsets(TopicPartition(*place), ASK_SECONDS, cached=False)
+        except KafkaException as e:
+            log.warning("%s/%d: its range cannot be looked up yet: %s", *place, e.args[0].str())
+            self._closing.wait(0.2)
+            self._orders.put(lambda: self._look_up(place, token))
+            return
+        self._post(_Range(place, token, low, high))
+
+    def _watch(self) -> None:
+        now = REAL.monotonic()
+        if now - self._checked > CHECK_SECONDS:
+            self._checked = now
+            self._check_topics()
+        if self._trouble_since is not None and now - self._trouble_since > 0 and now - self._said > SILENT_SECONDS:
+            self._said = now
+            self._trouble_since = None
+            log.error("%s: the Kafka cluster cannot be reached: %s", self._service, self._trouble)
+
+    def _check_topics(self) -> None:
+        """A topic that was made again, or given more partitions, is not the one that our positions belong to.
+
+        Raises:
+            Damaged: so it is; the service stops.
+        """
+        self._checked = REAL.monotonic()
+        try:
+            found = self._cluster.describe(list(self._topics))
+        except UnlostError as e:
+            log.warning("%s: the topics cannot be checked now: %s", self._service, e.what)
+            return
+        for name, known in self._topics.items():
+            there = found.get(name)
+            short = name[len(self._settings.prefix) :]
+            if there is None:
+                raise Damaged(
+                    "UL3022", f"the topic {short!r} is gone from the Kafka cluster", found=f"it had the id {known.id}",
+                    fix="whoever deleted it also deleted events; see `unlost audit`",
+                )  # fmt: skip
+            if there.id != known.id:
+                raise Damaged(
+                    "UL3020", f"the topic {short!r} was deleted and made again while {self._service!r} was reading it",
+                    found=f"its id is {there.id}, it was {known.id}",
+                    fix="the saved positions mean nothing on it: `unlost audit` says what was handled; rename the service to read the new one",
+                )  # fmt: skip
+            if there.partitions != known.partitions:
+                raise UsageError(
+                    "UL1130", f"the topic {short!r} was given other partitions while {self._service!r} was reading it",
+                    found=f"{there.partitions}, it had {known.partitions}",
+                    fix="keys have moved between partitions, so their order is not known: make a new topic, and rename the service",
+                )  # fmt: skip
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.code() in (KafkaError._ALL_BROKERS_DOWN, KafkaError._TRANSPORT, KafkaError._RESOLVE, KafkaError._SSL,
+                            KafkaError._AUTHENTICATION):  # fmt: skip
+            if error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:
+                self._trouble = error.str()
+            if error.code() == KafkaError._ALL_BROKERS_DOWN:
+                self._trouble_since = REAL.monotonic()
+        elif error.fatal():
+            self._post(sorted_error(error, f"reading for {self._service}"))
+        else:
+            log.info("%s: %s", self._service, error.str())

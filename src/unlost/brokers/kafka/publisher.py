@@ -1,0 +1,273 @@
+"""Publishing: an idempotent producer, and what was handed to it until the cluster has confirmed it.
+
+**Guarantee** an event is reported as accepted only with the cluster's delivery report (all in-sync replicas) in
+hand. Events leave in the order of the calls. When the producer fails for good, a new one takes its place and gets
+all that is unconfirmed, in the same order: at most duplicates.
+**After a crash** nobody was told of what had no report yet; it may be in the log or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from confluent_kafka import KafkaError, KafkaException, Producer
+
+from unlost.brokers.kafka.refusals import sorted_error
+from unlost.brokers.kafka.settings import Settings
+from unlost.brokers.port import Receipt
+from unlost.errors import OutcomeUnknown, PartlyPublished, Unavailable, UnlostError, UsageError
+from unlost.world import REAL
+
+log = logging.getLogger("unlost.kafka")
+
+PENDING_MAX = 200_000  # events that wait for the cluster
+PENDING_BYTES_MAX = 256 * 1024 * 1024
+POLL_SECONDS = 0.1
+CLOSE_SECONDS = 10.0
+RECREATE_SECONDS = 0.5  # between two producers, when each fails at once
+SILENT_SECONDS = 20.0  # after how long without an answer it is said that there is none
+
+Reports = list[tuple["Sent", "KafkaError | None", int, int]]
+
+
+class Call:
+    """One call of `publish`: done when each of its events has an outcome."""
+
+    __slots__ = ("failed", "future", "left", "loop", "receipts")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
+        self.loop = loop
+        self.future: asyncio.Future[Sequence[Receipt]] = loop.create_future()
+        self.left = count
+        self.receipts: list[Receipt | None] = [None] * count
+        self.failed: dict[int, UnlostError] = {}
+
+    def end(self) -> None:
+        if self.future.done():
+            return
+        if not self.failed:
+            self.future.set_result(self.receipts)  # type: ignore[arg-type]
+            return
+        errors = list(self.failed.values())
+        if len(errors) == len(self.receipts) and len({type(e) for e in errors}) == 1:
+            self.future.set_exception(errors[0])
+            return
+        self.future.set_exception(
+            PartlyPublished(
+                "UL2121", f"{len(errors)} of {len(self.receipts)} events of a batch were not accepted for sure",
+                found=str(errors[0]), fix="publish the failed ones again with the same ids",
+                receipts=self.receipts, failed=self.failed,
+            )
+        )  # fmt: skip
+
+
+class Sent:
+    """One event on its way, with all that is needed to send it again."""
+
+    __slots__ = ("call", "headers", "id", "key", "number", "partition", "place", "publisher", "size", "topic", "topic_there", "value")  # fmt: skip
+
+    def __init__(
+        self, publisher: Publisher, call: Call, place: int, id: str, topic: str, topic_there: str, partition: int,
+        key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]], size: int,
+    ) -> None:  # fmt: skip
+        self.publisher = publisher
+        self.call = call
+        self.place = place
+        self.id = id
+        self.topic = topic
+        self.topic_there = topic_there  # its name on the cluster
+        self.partition = partition
+        self.key = key
+        self.value = value
+        self.headers = headers
+        self.size = size
+        self.number = 0
+
+    def reported(self, error: KafkaError | None, message: Any) -> None:
+        """The delivery report, in the producer's thread."""
+        if error is None:
+            self.publisher.reports.append((self, None, message.offset(), message.timestamp()[1]))
+        else:
+            self.publisher.reports.append((self, error, -1, -1))
+
+
+class Publisher:
+    """The one producer of a broker. `send` may be called from any event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._pending: dict[int, Sent] = {}  # in the order of sending
+        self._bytes = 0
+        self._count = 0
+        self._closed = False
+        self._fatal: KafkaError | None = None
+        self._trouble = ""
+        self._answered = REAL.monotonic()
+        self._warned = 0.0
+        self.reports: Reports = []
+        self._producer = self._make()
+        self._thread = threading.Thread(target=self._run, name="unlost-kafka-publisher", daemon=True)
+        self._thread.start()
+
+    def send(self, call: Call, events: Sequence[Sent]) -> None:
+        """Hands events over, all or none.
+
+        Raises:
+            Unavailable: too many wait for the cluster already; nothing of this call was handed over.
+        """
+        with self._lock:
+            if self._closed:
+                raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
+            size = sum(e.size for e in events)
+            if len(self._pending) + len(events) > PENDING_MAX or (self._pending and self._bytes + size > PENDING_BYTES_MAX):
+                raise Unavailable(
+                    "UL2111", "too many events wait for the Kafka cluster already; nothing was accepted",
+                    found=f"{len(self._pending)} events, {self._bytes // 1_000_000} MB" + (f"; {self._trouble}" if self._trouble else ""),
+                    fix="publish more slowly, or see why the cluster does not answer",
+                )  # fmt: skip
+            if not self._pending:
+                self._answered = REAL.monotonic()
+            self._bytes += size
+            for event in events:
+                self._count += 1
+                event.number = self._count
+                self._pending[event.number] = event
+                self._produce(event)
+
+    def close(self) -> None:
+        """Waits for what is under way; what has no answer then is unknown."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        end = REAL.monotonic() + CLOSE_SECONDS
+        while self._pending and REAL.monotonic() < end:
+            REAL.pause(0.01)
+        self._thread.join()
+        with self._lock:
+            left, self._pending = list(self._pending.values()), {}
+            self._producer.purge()
+        error = OutcomeUnknown(
+            "UL2122", "the broker was closed before the Kafka cluster answered", found=self._trouble,
+            fix="publish again with the same id",
+        )  # fmt: skip
+        self._tell([(event, error, None) for event in left])
+
+    # --- the producer's thread ----------------------------------------------------------------------------
+
+    def _make(self) -> Producer:
+        return Producer(self._settings.producer(error_cb=self._on_error))
+
+    def _produce(self, e: Sent) -> None:
+        try:
+            self._producer.produce(
+                e.topic_there, e.value, e.key, e.partition, e.reported, headers=e.headers  # type: ignore[arg-type]
+            )
+        except KafkaException as failed:  # refused at once: too large for the client, a topic known to be missing
+            self.reports.append((e, failed.args[0], -1, -1))
+        except BufferError:  # our bounds are tighter, so this comes only with a producer that does not work
+            self.reports.append((e, KafkaError(KafkaError._QUEUE_FULL), -1, -1))
+
+    def _run(self) -> None:
+        while True:
+            self._producer.poll(POLL_SECONDS)
+            if self._fatal is not None:
+                self._replace()
+            if self.reports:
+                self._take_reports()
+            elif self._closed and (not self._pending or REAL.monotonic() - self._answered > CLOSE_SECONDS):
+                return
+            self._say_if_silent()
+
+    def _take_reports(self) -> None:
+        with self._lock:
+            reports, self.reports = self.reports, []
+            answers: list[tuple[Sent, UnlostError | None, Receipt | None]] = []
+            for event, error, offset, millis in reports:
+                if error is not None and _producer_failed(error) and not self._closed:
+                    continue  # it stays pending, and goes out again with the next producer
+                if self._pending.pop(event.number, None) is None:
+                    continue  # answered before: it was sent twice
+                self._bytes -= event.size
+                if error is None:
+                    answers.append((event, None, Receipt(
+                        id=event.id, topic=event.topic, partition=event.partition, position=offset,
+                        recorded=millis * 1000,
+                    )))  # fmt: skip
+                else:
+                    answers.append((event, sorted_error(error, f"publishing {event.id} to {event.topic}"), None))
+        self._answered = REAL.monotonic()
+        self._tell(answers)
+
+    def _replace(self) -> None:
+        """A new producer for one that failed for good, and everything unconfirmed again, in order."""
+        with self._lock:
+            error, self._fatal = self._fatal, None
+            old = self._producer
+            log.error(
+                "the Kafka producer failed for good (%s); a new one sends %d events again, in order: at most duplicates",
+                error.str() if error is not None else "", len(self._pending),
+            )  # fmt: skip
+            old.poll(0)  # what is confirmed already is not sent again
+            confirmed = {event.number for event, failed, _, _ in self.reports if failed is None}
+            self._producer = self._make()
+            for number, event in self._pending.items():
+                if number not in confirmed:
+                    self._produce(event)
+        old.purge()
+        threading.Event().wait(RECREATE_SECONDS)
+
+    def _on_error(self, error: KafkaError) -> None:
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._fatal = error
+            return
+        self._trouble = error.str()
+
+    def _say_if_silent(self) -> None:
+        now = REAL.monotonic()
+        if self._pending and now - self._answered > SILENT_SECONDS and now - self._warned > SILENT_SECONDS:
+            self._warned = now
+            log.error(
+                "no answer of the Kafka cluster for %d s; %d events wait for it: %s",
+                now - self._answered, len(self._pending), self._trouble or "no reason is known",
+            )  # fmt: skip
+
+    def _tell(self, answers: Sequence[tuple[Sent, UnlostError | None, Receipt | None]]) -> None:
+        """One hop per event loop, not per event."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Sent, UnlostError | None, Receipt | None]]] = {}
+        for answer in answers:
+            by_loop.setdefault(answer[0].call.loop, []).append(answer)
+        for loop, chosen in by_loop.items():
+            _in_loop(loop, _resolve, chosen)
+
+
+def _producer_failed(error: KafkaError) -> bool:
+    """Whether the event is not to blame: it was in a producer that failed, or was emptied."""
+    return error.fatal() or error.code() in (
+        KafkaError._FATAL, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._DESTROY,
+        KafkaError._STATE, KafkaError._FENCED,
+    )  # fmt: skip
+
+
+def _resolve(answers: Sequence[tuple[Sent, UnlostError | None, Receipt | None]]) -> None:
+    for event, error, receipt in answers:
+        call = event.call
+        if error is not None:
+            call.failed[event.place] = error
+        else:
+            call.receipts[event.place] = receipt
+        call.left -= 1
+        if call.left == 0:
+            call.end()
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        return  # that loop has ended: nobody waits any more

@@ -1,0 +1,296 @@
+"""What the cluster says of its topics; making those that are missing. Blocking calls: run them in a thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import msgspec
+from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+
+from unlost.brokers.kafka.refusals import sorted_error
+from unlost.brokers.kafka.settings import CONNECT_SECONDS, MESSAGE_BYTES_MAX, Settings
+from unlost.brokers.port import Survives
+from unlost.config import duration
+from unlost.errors import Unavailable, UnlostError, UsageError
+from unlost.events import check_name
+from unlost.events.topic import Topic, TopicInfo
+from unlost.world import REAL
+
+log = logging.getLogger("unlost.kafka")
+T = TypeVar("T")
+
+PARTITIONS_MAX = 1024
+ADMIN_SECONDS = 20.0
+VISIBLE_SECONDS = 10.0  # how long a topic that was just made may take to be seen everywhere
+_FOREVER = 9_223_372_036_854_775_807
+
+
+class Described(msgspec.Struct, frozen=True, kw_only=True):
+    """A topic as the cluster describes it, under its own full name there."""
+
+    name: str
+    id: str
+    partitions: int
+    replication: int
+    config: dict[str, str]
+
+    @property
+    def min_insync(self) -> int:
+        return int(self.config.get("min.insync.replicas", 1))
+
+    @property
+    def bytes_max(self) -> int:
+        return int(self.config.get("max.message.bytes", 1_048_588))
+
+    @property
+    def retention(self) -> float | None:
+        """Seconds; None: everything is kept (but for a limit in bytes)."""
+        millis = int(self.config.get("retention.ms", -1))
+        return None if millis < 0 or millis == _FOREVER else millis / 1000
+
+    @property
+    def limited_in_bytes(self) -> bool:
+        return int(self.config.get("retention.bytes", -1)) >= 0
+
+    @property
+    def compacted(self) -> bool:
+        return "compact" in self.config.get("cleanup.policy", "delete")
+
+    @property
+    def deletes(self) -> bool:
+        return "delete" in self.config.get("cleanup.policy", "delete")
+
+    @property
+    def survives(self) -> Survives:
+        """What an acknowledgement of all in-sync replicas outlives. Kafka does not fsync before it, unless told to."""
+        flushed = int(self.config.get("flush.messages", _FOREVER)) == 1
+        unclean = self.config.get("unclean.leader.election.enable", "false") == "true"
+        copies = min(self.replication, self.min_insync)
+        if flushed and copies >= 2 and not unclean:
+            return "power loss of all machines"
+        if flushed or (copies >= 2 and not unclean):
+            return "power loss of one machine"
+        return "process death"
+
+
+class Cluster:
+    """The cluster's administration. Names here are those of the cluster, with the prefix."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._errors: list[str] = []
+        self.admin = AdminClient(settings.client(error_cb=lambda e: self._errors.append(e.str())))
+        self.id = ""
+        self.brokers = 0
+
+    def connect(self, seconds: float = CONNECT_SECONDS) -> None:
+        """Finds the cluster.
+
+        Raises:
+            Unavailable: nobody answers there, with the reason as far as it is known.
+        """
+        try:
+            metadata = self.admin.list_topics(timeout=seconds)
+        except KafkaException as e:
+            raise self._unreachable(e) from None
+        self.brokers = len(metadata.brokers)
+        self.id = metadata.cluster_id or ""
+
+    def names(self) -> list[str]:
+        """Every topic under our prefix but the cluster's own."""
+        metadata = self._call(lambda: self.admin.list_topics(timeout=ADMIN_SECONDS))
+        prefix = self.settings.prefix
+        return sorted(n for n in metadata.topics if n.startswith(prefix) and not n.startswith("__"))
+
+    def describe(self, names: Collection[str]) -> dict[str, Described]:
+        """Those of these topics that exist."""
+        if not names:
+            return {}
+        told = self.admin.describe_topics(TopicCollection(sorted(names)), request_timeout=ADMIN_SECONDS)
+        topics: dict[str, Any] = {}
+        for name, future in told.items():
+            try:
+                topics[name] = self._wait(future)
+            except KafkaException as e:
+                if e.args[0].name() not in ("UNKNOWN_TOPIC_OR_PART", "UNKNOWN_TOPIC_OR_PARTITION", "UNKNOWN_TOPIC"):
+                    raise sorted_error(e, f"describing topic {name}") from None
+        if not topics:
+            return {}
+        configs = self.config(ResourceType.TOPIC, topics)
+        return {
+            name: Described(
+                name=name, id=str(t.topic_id), partitions=len(t.partitions),
+                replication=min((len(p.replicas) for p in t.partitions), default=0), config=configs.get(name, {}),
+            )
+            for name, t in topics.items()
+        }  # fmt: skip
+
+    def config(self, kind: Any, names: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Settings of topics or brokers; empty for those that we may not read."""
+        asked = self.admin.describe_configs(
+            [ConfigResource(kind, name) for name in names], request_timeout=ADMIN_SECONDS
+        )
+        found: dict[str, dict[str, str]] = {}
+        for resource, future in asked.items():
+            try:
+                entries = self._wait(future)
+            except KafkaException as e:
+                log.warning("the settings of %s cannot be read: %s", resource.name, e.args[0].str())
+                continue
+            found[resource.name] = {name: entry.value for name, entry in entries.items() if entry.value is not None}
+        return found
+
+    def ranges(self, topics: Iterable[Described]) -> dict[str, list[tuple[int, int]]]:
+        """Per partition the first position and that after the last."""
+        chosen = list(topics)
+        places = [TopicPartition(t.name, p) for t in chosen for p in range(t.partitions)]
+        first = self.offsets(places, OffsetSpec.earliest())
+        last = self.offsets(places, OffsetSpec.latest())
+        return {
+            t.name: [(first[t.name, p], last[t.name, p]) for p in range(t.partitions)] for t in chosen
+        }  # fmt: skip
+
+    def offsets(self, places: Sequence[TopicPartition], spec: Any) -> dict[tuple[str, int], int]:
+        if not places:
+            return {}
+
+        def ask() -> dict[tuple[str, int], int]:
+            asked = self.admin.list_offsets(
+                dict.fromkeys(places, spec), isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ADMIN_SECONDS
+            )
+            return {(place.topic, place.partition): self._wait(f).offset for place, f in asked.items()}
+
+        return self._patiently(ask, "looking up positions")
+
+    def create(self, topics: Sequence[Topic]) -> None:
+        """Makes topics that are missing; one that somebody else makes at the same time is as good."""
+        prefix = self.settings.prefix
+        wanted = []
+        for topic in topics:
+            replication = topic.replication or min(3, self.brokers)
+            insync = topic.min_insync or (2 if replication >= 3 else 1)
+            kept = -1 if topic.retention is None else int(duration(topic.retention) * 1000)
+            wanted.append(
+                NewTopic(
+                    prefix + topic.name, num_partitions=topic.partitions, replication_factor=replication,
+                    config={
+                        "min.insync.replicas": str(insync),
+                        "retention.ms": str(kept),
+                        "retention.bytes": "-1",
+                        "cleanup.policy": "delete",
+                        "unclean.leader.election.enable": "false",
+                        "max.message.bytes": str(MESSAGE_BYTES_MAX),
+                    },
+                )
+            )  # fmt: skip
+        for name, future in self.admin.create_topics(wanted, request_timeout=ADMIN_SECONDS).items():
+            try:
+                self._wait(future)
+            except KafkaException as e:
+                if e.args[0].name() != "TOPIC_ALREADY_EXISTS":
+                    raise sorted_error(e, f"creating topic {name}") from None
+        self._until_visible([prefix + topic.name for topic in topics])
+
+    def _until_visible(self, names: Sequence[str]) -> None:
+        """A new topic reaches each broker a moment later."""
+        end = REAL.monotonic() + VISIBLE_SECONDS
+        while len(self.describe(names)) < len(names):
+            if REAL.monotonic() > end:
+                raise Unavailable("UL2110", "a topic that was just made cannot be seen yet", found=", ".join(names))
+            REAL.pause(0.05)
+
+    def _wait(self, future: Future[T]) -> T:
+        return future.result(ADMIN_SECONDS + 5)
+
+    def _call(self, work: Any) -> Any:
+        try:
+            return work()
+        except KafkaException as e:
+            raise self._unreachable(e) from None
+
+    def _patiently(self, work: Any, what: str) -> Any:
+        """Again while a partition has no leader for the moment."""
+        end = REAL.monotonic() + ADMIN_SECONDS
+        while True:
+            try:
+                return work()
+            except KafkaException as e:
+                error = e.args[0]
+                if not (error.retriable() or error.name() in ("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE",
+                        "UNKNOWN_TOPIC_OR_PART", "_TIMED_OUT", "_TRANSPORT")) or REAL.monotonic() > end:  # fmt: skip
+                    raise sorted_error(e, what) from None
+                REAL.pause(0.1)
+
+    def _unreachable(self, e: KafkaException) -> UnlostError:
+        cause = self._errors[-1] if self._errors else e.args[0].str()
+        telling = [text for text in self._errors if not text.startswith(("All broker", "1/1 brokers", "Local: All"))]
+        if telling:
+            cause = telling[0]
+        low = cause.lower()
+        if "ssl handshake" in low or "certificate" in low:
+            fix = "check security.protocol and ssl.ca.location in the URL, and that the server speaks TLS on this port"
+        elif "authentication" in low or "sasl" in low:
+            fix = "check user, password and sasl.mechanism; a server without SASL needs a URL without a user"
+        elif "refused" in low:
+            fix = "is the cluster running, and is this its port?"
+        elif "resolve" in low:
+            fix = "check the name of the server"
+        elif "disconnected" in low or "apiversion" in low or "timed out" in low:
+            fix = "is this port spoken to in its own protocol? Try security.protocol=SSL or SASL_SSL in the URL"
+        else:
+            fix = "check the URL: " + "kafka://host:9092"
+        return Unavailable(
+            "UL2100", f"no Kafka cluster answers at {self.settings.bootstrap}", found=cause, fix=fix
+        )
+
+
+def check_declared(topics: Sequence[Topic]) -> None:
+    """What no cluster could give. Raises `UsageError`."""
+    for topic in topics:
+        check_name("topic", topic.name)
+        if not 1 <= topic.partitions <= PARTITIONS_MAX:
+            raise UsageError(
+                "UL1102", f"the topic {topic.name!r} needs between 1 and {PARTITIONS_MAX} partitions",
+                found=str(topic.partitions),
+            )  # fmt: skip
+
+
+def check_against(topic: Topic, there: Described) -> None:
+    """Whether a topic that exists is what was declared. Nothing is changed behind anybody's back.
+
+    Raises:
+        UsageError: other partitions, or fewer copies than were declared.
+    """
+    if there.partitions != topic.partitions:
+        raise UsageError(
+            "UL1103", f"the topic {topic.name!r} has {there.partitions} partitions on the cluster",
+            found=f"declared are {topic.partitions}",
+            fix=f"declare {there.partitions}: with another number the keys would move to other partitions and lose their order",
+        )  # fmt: skip
+    for what, declared, found in (
+        ("replication", topic.replication, there.replication),
+        ("min_insync", topic.min_insync, there.min_insync),
+    ):
+        if declared is not None and found < declared:
+            raise UsageError(
+                "UL1104", f"the topic {topic.name!r} is declared with {what}={declared}", found=f"the cluster has {found}",
+                fix="raise it on the cluster (unlost changes no topic that exists), or declare what there is",
+            )  # fmt: skip
+    declared_retention = None if topic.retention is None else duration(topic.retention)
+    if declared_retention is not None and there.retention != declared_retention:
+        kept = "everything" if there.retention is None else f"{there.retention:g} s"
+        log.warning(
+            "UL1105: the topic %r is declared with a retention of %g s; the cluster keeps %s, and that stays so",
+            topic.name, declared_retention, kept,
+        )  # fmt: skip
+
+
+def info_of(name: str, there: Described, ranges: Sequence[tuple[int, int]]) -> TopicInfo:
+    return TopicInfo(
+        name=name, id=there.id, partitions=there.partitions, ranges=ranges, retention=there.retention,
+        replication=there.replication, survives=there.survives,
+    )  # fmt: skip
