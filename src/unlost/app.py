@@ -19,9 +19,10 @@ from typing import Any
 import apsw
 
 from unlost import config
-from unlost.brokers.connect import connect
+from unlost.brokers.connect import connect, is_kafka, store_path
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
+from unlost.delivery.relay import Relay
 from unlost.delivery.service import Service
 from unlost.delivery.suspicion import Suspicion
 from unlost.delivery.worker import Probe, Worker
@@ -31,8 +32,9 @@ from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
 from unlost.sqlite.transaction import Transaction
+from unlost.store.outbox import SqliteOutbox
 from unlost.store.port import Store
-from unlost.store.sqlite import SqliteStore
+from unlost.store.sqlite import store_beside
 from unlost.world import REAL, Deadlines, World
 
 log = logging.getLogger("unlost.app")
@@ -40,6 +42,7 @@ log = logging.getLogger("unlost.app")
 PUBLISH_SECONDS = 30.0
 STOP_SECONDS = 20.0
 HOUSE_SECONDS = 60.0
+RELAY_SECONDS = 5.0  # how long a stop waits for the outbox; what is left then is sent by the next process
 
 
 class App:
@@ -133,28 +136,33 @@ class App:
     async def _connect(self) -> None:
         self.url = config.setting("broker", code=self.broker_url).value
         store_url = config.setting("store").value
-        if store_url and store_url != self.url:
+        if store_url and store_url != self.url and not is_kafka(self.url):
             raise UsageError(
-                "UL1233", "this release keeps everything in the embedded broker's own file", found=f"store {store_url}",
+                "UL1233", "the embedded broker keeps everything in its own file", found=f"store {store_url}",
                 fix="leave UNLOST_STORE empty",
             )  # fmt: skip
         broker, file = await asyncio.to_thread(connect, self.url, world=self.world)
         try:
+            await broker.open()
+            if file is None:
+                file = await asyncio.to_thread(File, store_path(store_url), world=self.world)
+            infos = await self._declare(broker)
             if SURVIVES_ORDER.index(broker.abilities.survives) < SURVIVES_ORDER.index(self._survives):
                 raise UsageError(
                     "UL1234", f"this App demands that an accepted event survives {self._survives}",
                     found=f"the {broker.abilities.name} broker promises {broker.abilities.survives}",
                     fix="use a replicated broker, or demand less",
                 )  # fmt: skip
-            store = SqliteStore(file, publish=Transaction.append)
-            infos = await self._declare(broker)
+            store = store_beside(file, log_here=broker.abilities.commits_with_store, broker=broker.identity)
             for service in self.services:
                 policy = {"on_dead": service.on_dead, "topics": len(service.topics)}
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
             if self._schema:
                 await _apply_schema(file, self._schema)
         except BaseException:
-            await asyncio.to_thread(file.close)
+            await broker.close()
+            if file is not None:
+                await asyncio.to_thread(file.close)
             raise
         self._broker, self._store, self._file = broker, store, file
         self._loop = asyncio.get_running_loop()
@@ -164,9 +172,10 @@ class App:
     async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
         """What this App says about its topics must be so; where it says nothing, a topic may be as it is."""
         named = {name for service in self.services for name in service.topics} - set(self.topics)
-        there = {info.name for info in await broker.topics()} & named
-        await broker.declare([*self.topics.values(), *(Topic(name) for name in sorted(named - there))])
-        return {info.name: info for info in await broker.topics()}
+        there = await broker.topics(named)
+        missing = named - {info.name for info in there}
+        declared = await broker.declare([*self.topics.values(), *(Topic(name) for name in sorted(missing))])
+        return {info.name: info for info in (*there, *declared)}
 
     async def _disconnect(self) -> None:
         file, self._file = self._file, None
@@ -316,6 +325,9 @@ class App:
             self.file.on_broken = _report_to(broken)
             waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
             house = asyncio.create_task(self._keep_house())
+            relaying = None if self.broker.abilities.commits_with_store else asyncio.create_task(self._relay())
+            if relaying is not None:
+                waited_for.append(relaying)
             try:
                 if ready is not None:
                     ready()
@@ -324,11 +336,31 @@ class App:
                 await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
                 stop.cancel()
                 house.cancel()
+                if relaying is not None:
+                    await _stop_relaying(relaying)
+                    tasks.append(relaying)
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 self._workers = []
             for error in (*ended, self.file.broken):
                 if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
                     raise error
+
+    async def _relay(self) -> None:
+        """Empties the outbox, as long as the services run and no other process does it; then once more."""
+        outbox = SqliteOutbox(self.file)
+        relay = Relay(outbox, self.broker)
+        running = asyncio.create_task(relay.run())
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:  # what the last handlers have published
+            if not running.done() and await outbox.claim():
+                await relay.finish(RELAY_SECONDS)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            outbox.close()
+            with contextlib.suppress(UnlostError):  # others see that we are gone
+                await outbox.give()
 
     async def _keep_house(self) -> None:
         while True:
@@ -362,7 +394,10 @@ class App:
     def _announce(self, services: Sequence[str] | None) -> None:
         names = ", ".join(service.name for service in self.chosen(services))
         made = " (made just now)" if self.file.created else ""
-        print(f"unlost: {names} on {self.file.path}{made}", file=sys.stderr, flush=True)
+        where = f"{self.file.path}{made}"
+        if is_kafka(self.url):
+            where = f"{config.hide_secrets(self.url)}, store {where}"
+        print(f"unlost: {names} on {where}", file=sys.stderr, flush=True)
 
     def chosen(self, names: Sequence[str] | None = None) -> list[Service]:
         """The services of these names, or all.
@@ -377,6 +412,11 @@ class App:
                     "UL1237", f"this App has no service {name!r}", found=f"it has {', '.join(known) or 'none'}"
                 )
         return [known[name] for name in names] if names else list(self.services)
+
+
+async def _stop_relaying(relaying: asyncio.Task[None]) -> None:
+    relaying.cancel()
+    await asyncio.wait([relaying])
 
 
 class _Portal:

@@ -14,7 +14,8 @@ from typing import NoReturn
 import pytest
 
 from servers import shared
-from servers.kafka import GIVEN, CannotStartError, Kafka, available
+from servers.jars import CannotStartError
+from servers.kafka import GIVEN, Kafka, available
 
 
 def require_kafka() -> None:

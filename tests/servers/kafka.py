@@ -83,6 +83,7 @@ class Kafka:
         self._foreign = foreign
         self._nodes: dict[int, _Node] = {}
         self._owned: Folder | None = None
+        self._owner = os.getpid()
 
     @classmethod
     def start(
@@ -130,7 +131,9 @@ class Kafka:
         self.close()
 
     def close(self) -> None:
-        """End every broker at once and remove their data."""
+        """End every broker at once and remove their data. Does nothing in a forked child, whose brokers they are not."""
+        if os.getpid() != self._owner:
+            return
         atexit.unregister(self.close)
         for node in self._nodes.values():
             if node.child:
@@ -278,7 +281,7 @@ class Kafka:
         from confluent_kafka import KafkaException
         from confluent_kafka.admin import AdminClient
 
-        settings = {"bootstrap.servers": bootstrap, "reconnect.backoff.max.ms": 100, "log_level": 0}
+        settings: dict[str, Any] = {"bootstrap.servers": bootstrap, "reconnect.backoff.max.ms": 100, "log_level": 0}
         settings["topic.metadata.refresh.interval.ms"] = -1
         admin = AdminClient(settings)
         why = ""
@@ -331,7 +334,7 @@ class _Node:
 
     def format(self) -> None:
         """Let Kafka's own tool write the first records: the features of this version and the SCRAM users."""
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        cluster = _fresh_id()
         arguments = ["format", "--cluster-id", cluster, "--config", str(self._properties)]
         for user, password in USERS.items():
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
@@ -347,13 +350,20 @@ class _Node:
         meta = self.data / "meta.properties"
         lines = dict(line.split("=", 1) for line in meta.read_text().splitlines() if "=" in line)
         lines["node.id"] = str(self.number)
-        lines["directory.id"] = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        lines["directory.id"] = _fresh_id()
         meta.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
 
     def launch(self) -> None:
+        if self.child:
+            self.child.kill()
         command = jars.command("kafka.Kafka", str(self._properties), heap="512m", level="info", archive=self._archive)
         self.child = Child(command, self.log)
         self.stopped = False
+
+
+def _fresh_id() -> str:
+    """A UUID as Kafka writes it; a leading dash would read as an option, so Kafka has none either."""
+    return base64.urlsafe_b64encode(b"\x40" + uuid.uuid4().bytes[1:]).decode().rstrip("=")
 
 
 def _cluster_settings(nodes: Any) -> dict[str, str]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from unlost.brokers.embedded.broker import EmbeddedBroker
-from unlost.brokers.port import Broker
+from unlost.brokers.port import Broker, Log
+from unlost.config import default_path
 from unlost.errors import UsageError
 from unlost.sqlite.file import File
 from unlost.world import REAL, World
 
-PLANNED = ("kafka", "amqp", "amqps", "redis", "rediss")
+if TYPE_CHECKING:
+    from unlost.brokers.kafka.broker import KafkaBroker
+    from unlost.brokers.kafka.settings import Settings
+
+PLANNED = ("amqp", "amqps", "redis", "rediss")
+LIBRDKAFKA_MIN = 0x020F0000  # 2.15
 
 
 def embedded_path(url: str) -> Path:
@@ -36,10 +44,68 @@ def embedded_path(url: str) -> Path:
     return Path(path)
 
 
-def connect(url: str, *, world: World = REAL) -> tuple[Broker, File]:
-    """Opens the broker behind a URL; the file is where the store of the same App lives."""
+def connect(url: str, *, world: World = REAL) -> tuple[Broker, File | None]:
+    """The broker behind a URL, not yet opened, and its file if it is the embedded one. Blocks.
+
+    Raises:
+        UsageError: the URL means nothing here, or the broker's driver is not installed.
+    """
+    if is_kafka(url):
+        return kafka(url), None
     file = File(embedded_path(url), world=world)
     return EmbeddedBroker(file), file
+
+
+def is_kafka(url: str) -> bool:
+    return url.startswith("kafka:")
+
+
+def kafka(url: str) -> KafkaBroker:
+    """The broker behind a `kafka://` URL, not yet opened."""
+    kafka_settings = _driver()
+    from unlost.brokers.kafka.broker import KafkaBroker
+
+    return KafkaBroker(kafka_settings(url))
+
+
+def kafka_log(url: str) -> Log:
+    """The log behind a `kafka://` URL, for those who look."""
+    kafka_settings = _driver()
+    from unlost.brokers.kafka.log import KafkaLog
+
+    return KafkaLog(kafka_settings(url))
+
+
+def _driver() -> Callable[[str], Settings]:
+    """The driver is an extra: most programs begin without a server."""
+    try:
+        import confluent_kafka
+    except ImportError as e:
+        raise UsageError(
+            "UL1148", "kafka:// needs the client of Kafka", found=str(e), fix='pip install "unlost[kafka]"'
+        ) from None
+    if int(confluent_kafka.libversion()[1]) < LIBRDKAFKA_MIN:
+        raise UsageError(
+            "UL1149", "this release of the Kafka client has bugs that lose events", found=str(confluent_kafka.version()),
+            fix='pip install -U "confluent-kafka>=2.15"',
+        )  # fmt: skip
+    from unlost.brokers.kafka.settings import parse
+
+    return parse
+
+
+def store_path(url: str) -> Path:
+    """The file of a store that stands beside a broker: `embedded:///path/store.db`; empty: beside pyproject.toml."""
+    if not url:
+        return default_path().with_name("store.db")
+    scheme = url.partition(":")[0]
+    if scheme in ("postgresql", "postgres"):
+        raise UsageError(
+            "UL1140",
+            f"this release has no store for {scheme}://",
+            fix="UNLOST_STORE=embedded:///path/store.db, or leave it empty",
+        )
+    return embedded_path(url)
 
 
 def _without_password(url: str) -> str:

@@ -184,6 +184,11 @@ class Broker(Protocol):
             accepted (never where `atomic_batches`).
         """
 
+    async def mirror(
+        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+    ) -> None:
+        """Sends a message as it is, for tools of others that read dead letters. Returns when it is durable."""
+
     def check(self, envelope: Envelope) -> None:
         """Says at once what this broker would never accept (too large, say).
 

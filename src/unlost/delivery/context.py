@@ -25,6 +25,9 @@ class AlreadyHandled(BaseException):
 class Unit(Protocol):
     """What the context needs of its delivery (given by the worker)."""
 
+    def check(self, envelope: Envelope) -> None:
+        """Raises `UsageError` for an event that the broker would never accept."""
+
     async def before_block(self) -> None:
         """Returns when the key's earlier outcomes are durable: a block's commit must not overtake them."""
 
@@ -98,6 +101,7 @@ class Context:
                 cause=self.envelope, headers=headers, now=self._now,
             )  # fmt: skip
             encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
+            self._unit.check(envelope)
             self._published.append(envelope)
 
     def transaction(self, session: object = None) -> TransactionBlock:

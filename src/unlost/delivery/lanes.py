@@ -118,7 +118,7 @@ class Lane:
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "paused", "put", "running", "size", "sleeping", "suspects", "taken", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "narrow", "paused", "put", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -134,6 +134,8 @@ class Owned:
         self.sleeping = 0
         self.paused = False
         self.put = 0  # the settler's number of the last outcome; here, because a lane without events is dropped
+        self.unacked = False  # the broker does not know yet how far it is settled
+        self.narrow = False  # its done-set fills most of the broker's note: only what makes it smaller is taken
         self.draining = False  # on its way to another member
         self.gone = False
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from unlost.delivery.lanes import Owned
 from unlost.errors import Unavailable
+from unlost.events.topic import Gap
 from unlost.store.port import Outcome, Settlement, Store
 
 log = logging.getLogger("unlost.settle")
@@ -26,13 +27,13 @@ class Settler:
     def __init__(
         self,
         store: Store,
-        durable: Callable[[Owned, Outcome], None],
+        durable: Callable[[Owned, Outcome | Gap], None],
         fenced: Callable[[Owned], None],
     ) -> None:
         self._store = store
         self._durable = durable
         self._fenced = fenced
-        self._pending: list[tuple[Owned, Outcome]] = []
+        self._pending: list[tuple[Owned, Outcome | Gap]] = []
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -44,8 +45,8 @@ class Settler:
     def full(self) -> bool:
         return len(self._pending) >= BUFFER_MAX
 
-    def put(self, owned: Owned, outcome: Outcome) -> int:
-        """Takes an outcome; the number is for `flush`."""
+    def put(self, owned: Owned, outcome: Outcome | Gap) -> int:
+        """Takes an outcome, or positions that hold no event; the number is for `flush`."""
         self._pending.append((owned, outcome))
         self._put += 1
         self._work.set()
@@ -72,12 +73,12 @@ class Settler:
             self._work.clear()
             batch, self._pending = self._pending, []
             self._room.set()
-            by_unit: dict[int, tuple[Owned, list[Outcome]]] = {}
+            by_unit: dict[int, tuple[Owned, list[Outcome | Gap]]] = {}
             for owned, outcome in batch:
                 by_unit.setdefault(id(owned), (owned, []))[1].append(outcome)
             live = [(owned, outcomes) for owned, outcomes in by_unit.values() if not owned.gone]
             if live:
-                fenced = set(await self._commit([Settlement(o.unit, o.epoch, outcomes) for o, outcomes in live]))
+                fenced = set(await self._commit([_settlement(o, outcomes) for o, outcomes in live]))
                 for owned, outcomes in live:
                     if owned.unit in fenced:
                         self._fenced(owned)
@@ -101,3 +102,10 @@ class Settler:
         for future in due:
             if not future.done():
                 future.set_result(None)
+
+
+def _settlement(owned: Owned, settled: Sequence[Outcome | Gap]) -> Settlement:
+    outcomes = [o for o in settled if isinstance(o, Outcome)]
+    if len(outcomes) == len(settled):
+        return Settlement(owned.unit, owned.epoch, outcomes)
+    return Settlement(owned.unit, owned.epoch, outcomes, [g for g in settled if isinstance(g, Gap)])

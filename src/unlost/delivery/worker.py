@@ -9,12 +9,13 @@ import heapq
 import inspect
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
-from unlost.brokers.port import Arrivals, Assigned, Broker, Lost, Member, Revoked
+from unlost.brokers.port import Ack, Arrivals, Assigned, Broker, Gone, Lost, Member, Revoked, Saved
+from unlost.delivery import note
 from unlost.delivery.context import AlreadyHandled, Context
 from unlost.delivery.fate import (
     Dead,
@@ -33,10 +34,10 @@ from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.delivery.suspicion import Suspicion
-from unlost.errors import Fenced, Unavailable, Undecodable, UnlostError, UsageError
+from unlost.errors import Damaged, Fenced, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, content_hash, event_hash
-from unlost.events.topic import Arrival, Unit
-from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Waiting
+from unlost.events.topic import Arrival, Gap, Unit
+from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Taken, Waiting
 from unlost.world import REAL, World
 
 log = logging.getLogger("unlost.worker")
@@ -51,6 +52,7 @@ RUNNERS_MAX = 1024
 RECENT_MAX = 50_000  # more than a process can have in hand: what is older is in the inbox when it is asked
 LOAD_MAX = 64  # rows of the waiting room in one read
 REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
+ACK_SECONDS = 1.0  # how often the broker is told how far its log was handled, where it keeps that
 AGAIN_SECONDS = 0.5  # between two attempts at what the world refused
 WATCH_SECONDS = 0.05  # precision of deadlines
 SAVE_SECONDS = 10.0  # how long a stop waits for the store
@@ -100,6 +102,7 @@ class Worker:
         self._suspicion.parties.append(self)
         self._stopping = False
         self._leaving = asyncio.Event()
+        self._tells = not broker.abilities.commits_with_store
         self._outage = Outage(service.name)
         self._member: Member | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -341,6 +344,8 @@ class Worker:
         self._settling = self._spawn(self._settler.run())
         for job in (self._keep_time(), self._watch(), self._serve_operators()):
             self._spawn(job)
+        if self._tells:
+            self._spawn(self._acknowledge())
         runners = sum(handler.concurrency for handler in set(self.service.handlers.values()))
         for _ in range(min(runners, RUNNERS_MAX)):
             self._spawn(self._run_lanes())
@@ -375,8 +380,10 @@ class Worker:
             for change in await self._insist(self._member.receive):
                 if isinstance(change, Arrivals):
                     self._take_in(change)
+                elif isinstance(change, Gone):
+                    self._take_gap(change)
                 elif isinstance(change, Assigned):
-                    await self._assigned(change.units)
+                    await self._assigned(change.units, change.saved)
                 elif isinstance(change, Revoked):
                     self._spawn(self._give_back(change.units))
                 elif isinstance(change, Lost):
@@ -394,12 +401,15 @@ class Worker:
                 log.error("%s: trying again in %g s: %s", self.service.name, AGAIN_SECONDS, e)
                 await asyncio.sleep(AGAIN_SECONDS)
 
-    async def _assigned(self, units: Sequence[Unit]) -> None:
+    async def _assigned(self, units: Sequence[Unit], saved: Mapping[Unit, Saved]) -> None:
         """Fences the owner before us, then takes up where it was saved."""
         assert self._member is not None
+        for unit, found in saved.items():
+            _check_note(unit, found, self._store.id)
         self._timers = [timer for timer in self._timers if not timer[2].owned.gone]
         heapq.heapify(self._timers)
         for taken in await self._insist(self._store.take, units):
+            _check_saved(taken, saved.get(taken.unit), self._store.id)
             if taken.unit in self.owned:
                 self._on_lost(self.owned[taken.unit])
             owned = self.owned[taken.unit] = Owned(taken)
@@ -424,6 +434,7 @@ class Worker:
         owned = self.owned.get(arrivals.unit)
         if owned is None or owned.gone or owned.draining:
             return
+        self._store.received(owned.taken, arrivals.events[-1].position + 1)
         fated, handlers = owned.taken.fated, self.service.handlers
         seen = self._seen(arrivals.events)
         for arrival in arrivals.events:
@@ -434,10 +445,9 @@ class Worker:
             envelope = arrival.envelope
             digest = 0 if envelope is None else event_hash(envelope.source, envelope.id)
             handler = self._undecodable if envelope is None else handlers.get(envelope.type)
-            if handler is None:
-                self._settler.put(
-                    owned, Outcome(arrival=arrival, state="skipped", rule="no handler", event_hash=digest)
-                )
+            if handler is None or arrival.rule:
+                rule = arrival.rule or "no handler"
+                self._settler.put(owned, Outcome(arrival=arrival, state="skipped", rule=rule, event_hash=digest))
                 continue
             cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
             lane = owned.lane(arrival.key, arrival.position)
@@ -453,6 +463,12 @@ class Worker:
                 lane.queue.append(delivery)
                 self._start(lane)
         self._throttle(owned)
+
+    def _take_gap(self, gone: Gone) -> None:
+        owned = self.owned.get(gone.unit)
+        if owned is not None and not (owned.gone or owned.draining):
+            self._settler.put(owned, gone.gap)
+            self._store.received(owned.taken, gone.gap.end)
 
     def _seen(self, arrivals: Iterable[Arrival]) -> dict[tuple[str, str], int]:
         """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
@@ -634,6 +650,8 @@ class Worker:
 
     def _from_waiting(self, lane: Lane, row: Waiting) -> Delivery:
         arrival, owned = row.arrival, lane.owned
+        if arrival.envelope is None:  # today's code may make an event of it
+            arrival = self._broker.reread(owned.unit.topic, owned.unit.partition, arrival)
         envelope = arrival.envelope
         handler = self._undecodable if envelope is None else self.service.handlers.get(envelope.type, self._none)
         cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
@@ -660,7 +678,10 @@ class Worker:
 
     # --- after settling ----------------------------------------------------------------------------------
 
-    def _on_durable(self, owned: Owned, outcome: Outcome) -> None:
+    def _on_durable(self, owned: Owned, outcome: Outcome | Gap) -> None:
+        owned.unacked = True
+        if isinstance(outcome, Gap):
+            return
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
             owned.suspects.discard(outcome.arrival.position)
             self._suspicion.change(-1)
@@ -680,7 +701,8 @@ class Worker:
         if self._member is None or owned.gone:
             return
         if not owned.paused:
-            if owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX or owned.aside >= ASIDE_MAX:
+            full = owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX
+            if full or owned.aside >= ASIDE_MAX or owned.narrow:
                 owned.paused = True
                 self._member.pause(owned.unit)
                 if owned.aside >= ASIDE_MAX:
@@ -689,6 +711,7 @@ class Worker:
             owned.in_hand < IN_HAND_MAX // 2
             and owned.size < IN_HAND_BYTES_MAX // 2
             and owned.aside < ASIDE_MAX
+            and not owned.narrow
             and not owned.draining
         ):
             owned.paused = False
@@ -754,6 +777,33 @@ class Worker:
             for run in self._running.values():
                 run.check(now)
 
+    # --- telling the broker ------------------------------------------------------------------------------
+
+    async def _acknowledge(self) -> None:
+        """Tells the broker now and then how far its log was handled. The store knows better, so nothing rests on it."""
+        while True:
+            await asyncio.sleep(ACK_SECONDS)
+            await self._ack([owned for owned in self.owned.values() if not owned.draining])
+
+    async def _ack(self, chosen: Sequence[Owned]) -> None:
+        """Position and note of each unit, from one snapshot of what is durable."""
+        chosen = [owned for owned in chosen if owned.unacked and not owned.gone]
+        if not chosen or self._member is None or not self._tells:
+            return
+        for owned in chosen:
+            owned.unacked = False
+        acks = []
+        by_unit = {owned.unit: owned for owned in chosen}
+        for snapshot in await self._insist(self._store.progress, list(by_unit)):
+            text, share = note.encode(self._store.id, snapshot)
+            owned = by_unit[snapshot.unit]
+            owned.narrow = share >= note.NARROW
+            if owned.narrow:
+                owned.unacked = True  # looked at again: it may have become smaller
+            self._throttle(owned)
+            acks.append(Ack(snapshot.unit, snapshot.position, text))
+        await self._member.ack(acks)
+
     # --- operators ---------------------------------------------------------------------------------------
 
     async def _serve_operators(self) -> None:
@@ -797,6 +847,7 @@ class Worker:
             await self._changed.wait()
         await self._settler.flush()
         await self._insist(self._store.give, [(o.unit, o.epoch) for o in leaving if not o.gone])
+        await self._ack(leaving)
         for owned in leaving:
             self._forget(owned)
         assert self._member is not None
@@ -870,6 +921,7 @@ class Worker:
             flushed.cancel()
         if not self._settling.done():
             await self._store.give([(o.unit, o.epoch) for o in self.owned.values()])
+            await self._ack(list(self.owned.values()))
 
     async def _abandon(self) -> None:
         """Ends all tasks where they are. What they had in hand stays where it was saved last."""
@@ -892,6 +944,34 @@ def _caught(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, B
         return function(*args), None
     except BaseException as e:
         return None, e
+
+
+def _check_note(unit: Unit, saved: Saved, store: str) -> None:
+    """An owner with another store would begin anew, and handle everything again: that is refused."""
+    found = note.decode(saved.note)
+    if found is not None and found.store != store:
+        raise UsageError(
+            "UL1132", f"the progress of {unit.service!r} on {unit.topic}/{unit.partition} is kept in another store",
+            found=f"store {found.store} has it up to position {found.position}; ours is {store}",
+            fix="point UNLOST_STORE at the store that the other processes of this service use; if that store is gone for good, "
+            "delete the consumer group on the cluster, and everything is handled again",
+        )  # fmt: skip
+    if found is None and saved.note == "" and saved.position > 0:
+        log.info(
+            "%s: the group's offset %d was not written by unlost; the store's position counts", unit, saved.position
+        )
+
+
+def _check_saved(taken: Taken, saved: Saved | None, store: str) -> None:
+    """Acknowledged comes after settled. A store that is behind what was acknowledged has lost something."""
+    found = note.decode(saved.note) if saved is not None else None
+    if found is not None and found.store == store and found.position > taken.position:
+        raise Damaged(
+            "UL3023", f"the store is older than what it had saved of {taken.unit}",
+            found=f"it is at position {taken.position}, the group was told {found.position}",
+            fix="was an old backup restored? Bring the newest copy back. If there is none: delete the consumer group on "
+            "the cluster, and what came after the backup is handled again",
+        )  # fmt: skip
 
 
 def _mark_seen(d: Delivery, seen: dict[tuple[str, str], int]) -> None:
@@ -985,6 +1065,9 @@ class _DeliveryUnit:
     def __init__(self, worker: Worker, d: Delivery) -> None:
         self._worker = worker
         self._d = d
+
+    def check(self, envelope: Envelope) -> None:
+        self._worker._broker.check(envelope)
 
     async def before_block(self) -> None:
         """The key's earlier outcomes first: a block that overtook them would break the order of what they publish,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 import msgspec
 
 from unlost import config
+from unlost.config import hide_secrets
 
-_IN_AUTHORITY = re.compile(r"(?<=://)([^/@\s:]*):([^/\s]*)@")
-_IN_QUERY = re.compile(r"(?i)([?&;][^=&]*(?:password|passwd|secret|token|key)[^=&]*=)[^&\s]+")
+__all__ = ["Value", "hide_secrets", "settings"]
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,11 +24,3 @@ def settings(**flags: str | None) -> list[Value]:
         value, source = config.setting(name, flag=flags.get(name))
         found.append(Value(name=name, value=hide_secrets(value), source=source, meaning=meaning))
     return found
-
-
-def hide_secrets(url: str) -> str:
-    """
-    >>> hide_secrets("kafka://ann:s3cret@host/?sasl_password=x")
-    'kafka://ann:***@host/?sasl_password=***'
-    """
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))

@@ -29,7 +29,7 @@ from unlost.errors import Bug, Damaged, OutcomeUnknown, Unavailable, UnlostError
 from unlost.sqlite import guards, process
 from unlost.sqlite.bell import Bell
 from unlost.sqlite.marks import Marks, read_marks
-from unlost.sqlite.schema import APPLICATION_ID, FORMAT, TABLES
+from unlost.sqlite.schema import APPLICATION_ID, FORMAT, LATER, TABLES
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block, Guard, Ruined, Turn
 from unlost.world import REAL, World, boot_id, new_id
@@ -182,6 +182,12 @@ class File:
                 "UL1112", f"{self.path} was written by a newer release of unlost",
                 found=f"file format {version}, this release reads up to {FORMAT}", fix="pip install -U unlost",
             )  # fmt: skip
+        elif version < FORMAT:
+            self._writer.execute("begin immediate")
+            for later in range(version + 1, FORMAT + 1):
+                self._writer.execute(LATER[later])
+            self._writer.pragma("user_version", FORMAT)
+            self._writer.execute("commit")
         self.store_id = self._writer.execute("select value from unlost_meta where name = 'store_id'").get
         self._commits: int = self._writer.execute("select n from unlost_commit").get
         if not isinstance(self.store_id, str) or not isinstance(self._commits, int):

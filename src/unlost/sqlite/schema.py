@@ -10,11 +10,11 @@ one b-tree, appended at one place per partition, and a range scan is a partition
 from __future__ import annotations
 
 APPLICATION_ID = 0x554E4C53  # "UNLS"
-FORMAT = 1
+FORMAT = 2
 POSITION_BITS = 40
 POSITION_MAX = (1 << POSITION_BITS) - 1
 
-TABLES = """
+BASE = """
 create table unlost_meta (
     name text primary key,
     value text not null
@@ -142,3 +142,29 @@ create table unlost_operation (
     carried_out integer, result text
 );
 """
+
+# What came after a format that has been in use: by the format it came with.
+LATER = {
+    2: """
+-- positions of another broker's log that hold no event (any more), one row per range
+create table unlost_gap (
+    service text not null, topic text not null, partition integer not null,
+    start integer not null, "end" integer not null,
+    kind text not null check (kind in ('expired', 'unaccountable')), why text not null, since integer not null,
+    primary key (service, topic, partition, start)
+) without rowid;
+
+-- events that were accepted here, and that the broker has not confirmed yet: in the order of their commits
+create table unlost_outbox (
+    number integer primary key autoincrement,
+    topic text not null, key blob, head blob not null, data blob,
+    raw text,                               -- JSON: not an event, but a message with these headers (a mirrored dead letter)
+    added integer not null
+);
+
+-- which process empties the outbox: one row
+create table unlost_relay (process text);
+insert into unlost_relay values (null);
+""",
+}
+TABLES = BASE + "".join(LATER.values())

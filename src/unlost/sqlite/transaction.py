@@ -132,11 +132,12 @@ class Transaction:
             row = self._topics[name] = TopicRow(*found)
         return row
 
-    def create_topic(self, name: str, partitions: int, retention: int | None) -> TopicRow:
-        """Makes a topic that is not there yet; its partitions get the next free numbers."""
+    def create_topic(self, name: str, partitions: int, retention: int | None, id: str = "") -> TopicRow:
+        """Makes a topic that is not there yet; its partitions get the next free numbers. `id` is that of a topic of
+        another broker's log, of which only the numbers are kept here."""
         self.flush()
         following = self.one("select coalesce(max(first_number + partitions), 0) from unlost_topic")[0]
-        row = self._topics[name] = TopicRow(name, new_id(), following, partitions, retention)
+        row = self._topics[name] = TopicRow(name, id or new_id(), following, partitions, retention)
         self.execute("insert into unlost_topic values (?, ?, ?, ?, ?, ?)", (*row, self.world.now()))
         return row
 

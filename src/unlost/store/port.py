@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from unlost.events import Envelope
-from unlost.events.topic import Arrival, TopicInfo, Unit
+from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.store.progress import Runs
 
 Reason = Literal[
@@ -86,6 +86,27 @@ class Settlement(msgspec.Struct, frozen=True):
     unit: Unit
     epoch: int
     outcomes: Sequence[Outcome]
+    gaps: Sequence[Gap] = ()
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The saved progress of a unit at one instant."""
+
+    unit: Unit
+    topic_id: str
+    partitions: int
+    position: int
+    fated: Runs
+    counts: dict[str, int]
+    digest: int
+
+
+class Unsent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of the outbox: accepted in a commit of the store, not yet confirmed by the broker."""
+
+    number: int
+    envelope: Envelope
+    raw: Sequence[tuple[str, bytes | None]] | None = None  # headers of a message that is no event of its own
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -226,6 +247,31 @@ class Store(Protocol):
     def requests(self, service: str) -> Sequence[Request]:
         """What operators want of this service's shelf."""
 
+    def received(self, taken: Taken, position: int) -> None:
+        """Notes how far the unit has been read, for those who look. Costs less than a microsecond."""
+
+    async def progress(self, units: Sequence[Unit]) -> Sequence[Snapshot]:
+        """The saved progress of these units, from one snapshot."""
+
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         """Redrives (shelf -> waiting room, due now) or discards, and says whether the key is free now or still
         stands behind another dead letter."""
+
+
+class Outbox(Protocol):
+    """Where a store puts events that its broker cannot take in the same commit. One process at a time empties it.
+
+    **Guarantee** an event stands here from the commit that accepted it until `sent`, in the order of the commits.
+    """
+
+    async def claim(self) -> bool:
+        """Whether this process is the one that sends: it is, if nobody else alive has claimed it."""
+
+    async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
+        """The oldest of those with a number above `after`."""
+
+    async def sent(self, numbers: Sequence[int]) -> None:
+        """The broker's receipts for these are in hand."""
+
+    async def wait(self, seconds: float) -> None:
+        """Until something may have been put in, at most so long."""

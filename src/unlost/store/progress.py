@@ -66,6 +66,18 @@ class Runs:
             ends.insert(i + 1, position + 1)
         return True
 
+    def add_range(self, start: int, end: int) -> int:
+        """Adds all of [start, end) that is not in yet; returns how many that were."""
+        missing = list(self.gaps(start, end))
+        if not missing:
+            return 0
+        kept = [(a, b) for a, b in self if b < start or a > end]
+        touching = [(a, b) for a, b in self if not (b < start or a > end)]
+        joined = (min([start, *(a for a, _ in touching)]), max([end, *(b for _, b in touching)]))
+        runs = sorted([*kept, joined])
+        self._starts, self._ends = [a for a, _ in runs], [b for _, b in runs]
+        return sum(b - a for a, b in missing)
+
     def first_gap(self, start: int) -> int:
         """The first position at or above `start` that is not in."""
         i = bisect_right(self._starts, start) - 1
@@ -134,6 +146,13 @@ class Progress:
         if counted_as is not None:
             self.count(counted_as, 1)
         self.position = self.fated.first_gap(self.position)
+
+    def pass_over(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Gives every position of [start, end) that has none its outcome: there is no event. Returns those."""
+        missing = list(self.fated.gaps(max(start, self.position), end))
+        self.fated.add_range(max(start, self.position), end)
+        self.position = self.fated.first_gap(self.position)
+        return missing
 
     def count(self, state: str, change: int) -> None:
         self.counts[state] = self.counts.get(state, 0) + change

@@ -13,14 +13,14 @@ import msgspec
 
 from unlost.errors import Fenced, UsageError, invariant
 from unlost.events import Envelope, decode_head, event_hash
-from unlost.events.topic import Arrival, TopicInfo, Unit
+from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block
-from unlost.store import port
-from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store import outbox, port
+from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Snapshot, Taken, Waiting
 from unlost.store.progress import Progress, Runs
 from unlost.world import rfc3339
 
@@ -29,6 +29,8 @@ _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
 _decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
 _decode_attempt_map = msgspec.json.Decoder(dict[int, list[Attempt]]).decode
 
+_NUMBER_BITS = 31
+_NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 EPOCHS_KEPT = 1000  # of one unit; older owners are forgotten
 
 Publish = Callable[[Transaction, Sequence[Envelope]], object]
@@ -38,9 +40,11 @@ class SqliteStore:
     """A store in one SQLite file. `publish` puts a handler's events where its broker takes them from, in the
     same commit: with the embedded broker that is the log itself."""
 
-    def __init__(self, file: File, publish: Publish) -> None:
+    def __init__(self, file: File, publish: Publish, *, broker: str = "") -> None:
+        """`broker` is the identity of a broker that keeps its log elsewhere; empty: the log is in this file."""
         self.file = file
         self._publish = publish
+        self._elsewhere = broker
 
     @property
     def id(self) -> str:
@@ -58,6 +62,7 @@ class SqliteStore:
         text = _json.encode(policy, order="sorted").decode()
 
         def work(tx: Transaction) -> None:
+            _check_broker(tx, self._elsewhere)
             row = tx.one("select policy from unlost_service where name = ?", (service,))
             if row is None:
                 tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
@@ -65,7 +70,9 @@ class SqliteStore:
                 _check_policy(tx, self.file.run_folder, service, _json.decode(row[0]), policy)
                 tx.execute("update unlost_service set policy = ? where name = ?", (text, service))
             for topic in topics:
-                _pin(tx, service, topic)
+                if self._elsewhere:
+                    _know(tx, service, topic)
+                _pin(tx, service, topic, log_here=not self._elsewhere)
 
         await self.file.write(work)
 
@@ -119,6 +126,8 @@ class SqliteStore:
         attempts: dict[int, Sequence[Attempt] | None] = {}
         for outcome in settlement.outcomes:
             self._settle_one(tx, unit, progress, outcome, attempts)
+        for gap in settlement.gaps:
+            _pass_over(tx, unit, progress, gap)
         _save(tx, unit, progress, attempts)
 
     def _settle_one(
@@ -237,6 +246,24 @@ class SqliteStore:
         )
         return [Request(Unit(service, t, p), position, key, action) for t, p, position, key, action in rows]
 
+    def received(self, taken: Taken, position: int) -> None:
+        self.file.process_file.read_up_to(taken.address >> _NUMBER_BITS, taken.address & _NUMBER_MASK, position)
+
+    async def progress(self, units: Sequence[Unit]) -> Sequence[Snapshot]:
+        sql = (
+            "select topic_id, (select count(*) from unlost_progress b where b.service = a.service and b.topic = a.topic), "
+            "position, fated, counts, digest from unlost_progress a where service = ? and topic = ? and partition = ?"
+        )
+        rows = self.file.read(lambda c: [(unit, c.execute(sql, unit).fetchone()) for unit in units])
+        return [
+            Snapshot(
+                unit=unit, topic_id=row[0], partitions=row[1], position=row[2], fated=Runs.decode(row[3]),
+                counts=_decode_counts(row[4]), digest=row[5],
+            )
+            for unit, row in rows
+            if row is not None
+        ]  # fmt: skip
+
     async def carry_out(self, request: Request, epoch: int) -> port.CarriedOut:
         return await self.file.write(lambda tx: carry_out(tx, request, epoch))
 
@@ -298,7 +325,64 @@ def _check_policy(tx: Transaction, processes: Path, service: str, old: dict[str,
         )  # fmt: skip
 
 
-def _pin(tx: Transaction, service: str, topic: TopicInfo) -> None:
+def _check_broker(tx: Transaction, identity: str) -> None:
+    """Positions saved with one broker mean nothing on another: a store belongs to one, for good."""
+    row = tx.one("select value from unlost_meta where name = 'broker'")
+    if row is not None:
+        known = row[0]
+    elif not identity:
+        return
+    elif tx.one("select 1 from unlost_progress limit 1") is not None:
+        known = ""
+    else:
+        tx.execute("insert into unlost_meta values ('broker', ?)", (identity,))
+        return
+    if known != identity:
+        raise UsageError(
+            "UL1133", "this store belongs to another broker", found=f"it was used with {known or 'the embedded broker'}, this is "
+            f"{identity or 'the embedded broker'}",
+            fix="give each broker its own store (UNLOST_STORE=embedded:///path/store.db), or go back to the broker it was used with",
+        )  # fmt: skip
+
+
+def _know(tx: Transaction, service: str, topic: TopicInfo) -> None:
+    """A topic of a log elsewhere gets its numbers here. One that was made again takes the place of one that no
+    service has positions on."""
+    row = tx.one("select id, partitions from unlost_topic where name = ?", (topic.name,))
+    if row is not None and row != (topic.id, topic.partitions):
+        if tx.one("select 1 from unlost_progress where topic = ?", (topic.name,)) is not None:
+            rows = tx.one("select count(*) from unlost_progress where topic = ? and service = ?", (topic.name, service))
+            raise _another_topic(service, topic, rows[0] or row[1], row[0])
+        tx.execute("delete from unlost_topic where name = ?", (topic.name,))
+        tx.forget_topics()
+        row = None
+    if row is None:
+        tx.create_topic(
+            topic.name, topic.partitions, None if topic.retention is None else int(topic.retention), topic.id
+        )
+
+
+def _another_topic(service: str, topic: TopicInfo, partitions: int, id: str) -> UsageError:
+    return UsageError(
+        "UL1130", f"the topic {topic.name!r} is not the one that {service!r} has its positions on",
+        found=f"id {topic.id} with {topic.partitions} partitions; saved are {partitions} partitions of id {id}",
+        fix="it was deleted and made again, or given other partitions: bring the old one back, or rename the service",
+    )  # fmt: skip
+
+
+def _pass_over(tx: Transaction, unit: Unit, progress: Progress, gap: Gap) -> None:
+    """Positions that hold no event (any more) get their outcome as well, and a line in the books if one was lost."""
+    for start, end in progress.pass_over(gap.start, gap.end):
+        if gap.kind == "void":
+            progress.count("void", end - start)
+        else:
+            tx.execute(
+                "insert into unlost_gap values (?, ?, ?, ?, ?, ?, ?, ?)",
+                (*unit, start, end, gap.kind, gap.why, tx.world.now()),
+            )
+
+
+def _pin(tx: Transaction, service: str, topic: TopicInfo, *, log_here: bool) -> None:
     """A service's start on a topic is decided once, when it first sees it: at the log's first event."""
     rows = tx.execute(
         "select partition, topic_id from unlost_progress where service = ? and topic = ?",
@@ -306,16 +390,11 @@ def _pin(tx: Transaction, service: str, topic: TopicInfo) -> None:
     ).fetchall()
     if rows:
         if any(topic_id != topic.id for _, topic_id in rows) or len(rows) != topic.partitions:
-            raise UsageError(
-                "UL1130", f"the topic {topic.name!r} is not the one that {service!r} has its positions on",
-                found=f"id {topic.id} with {topic.partitions} partitions; "
-                f"saved are {len(rows)} partitions of id {rows[0][1]}",
-                fix="it was deleted and made again, or given other partitions: bring the old one back, or rename the service",
-            )  # fmt: skip
+            raise _another_topic(service, topic, len(rows), rows[0][1])
         return
     first_number = tx.topic(topic.name).first_number
     for partition in range(topic.partitions):
-        start, digest = log_start(tx, first_number + partition)
+        start, digest = log_start(tx, first_number + partition) if log_here else (topic.ranges[partition][0], 0)
         tx.execute(
             "insert into unlost_progress (service, topic, partition, topic_id, start, start_digest, position, fated, "
             "counts, digest) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -512,7 +591,7 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
 
 def _address(unit: Unit, first_number: int) -> int:
     """Names a unit in a process' own file: 32 bits of the service, 31 of the partition's number."""
-    return service_hash(unit.service) << 31 | (first_number + unit.partition)
+    return service_hash(unit.service) << _NUMBER_BITS | (first_number + unit.partition)
 
 
 def _suspect(
@@ -597,3 +676,11 @@ def carry_out(tx: Transaction, request: Request, epoch: int) -> port.CarriedOut:
         (*unit, key),
     )
     return "key still parked" if behind else "key is free"
+
+
+def store_beside(file: File, *, log_here: bool, broker: str) -> SqliteStore:
+    """The store of a broker: events that handlers publish go into the log, if that is in the same file, else into
+    the outbox."""
+    if log_here:
+        return SqliteStore(file, Transaction.append)
+    return SqliteStore(file, outbox.put, broker=broker)

@@ -113,10 +113,13 @@ async def broker_at(url: str) -> AsyncIterator[Broker]:
     broker, file = await asyncio.to_thread(connect, url)
     try:
         await broker.open()
-        yield broker
-        await broker.close()
+        try:
+            yield broker
+        finally:
+            await broker.close()
     finally:
-        await asyncio.to_thread(file.close)
+        if file is not None:
+            await asyncio.to_thread(file.close)
 
 
 class Case:

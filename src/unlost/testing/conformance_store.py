@@ -73,7 +73,9 @@ class SqliteRig:
     LEFT_OUT = ("unlost_commit", "unlost_process", "unlost_member", "unlost_assignment")
 
     def __init__(self, url: str) -> None:
-        self._broker, self._file = connect(url)
+        self._broker, file = connect(url)
+        assert file is not None
+        self._file = file
         self.store: Store = SqliteStore(self._file, publish=Transaction.append)
 
     async def close(self) -> None:

@@ -18,11 +18,12 @@ from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.delivery.lanes import Delivery
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.worker import Worker
-from unlost.events.topic import TopicInfo, Unit
+from unlost.events import Envelope
+from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import Block, CarriedOut, Hands, Inbox, Outcome, Request, Settlement, Taken, Waiting
+from unlost.store.port import Block, CarriedOut, Hands, Inbox, Outcome, Request, Settlement, Snapshot, Taken, Waiting
 from unlost.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
@@ -243,6 +244,12 @@ class _MortalBroker:
         self.members: list[EmbeddedMember] = []
         self._real = real
 
+    def check(self, envelope: Envelope) -> None:
+        self._real.check(envelope)
+
+    def reread(self, topic: str, partition: int, arrival: Arrival) -> Arrival:
+        return self._real.reread(topic, partition, arrival)
+
     async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:
         member = await self._real.join(service, topics)
         self.members.append(member)
@@ -330,6 +337,12 @@ class _MortalStore:
     def requests(self, service: str) -> Sequence[Request]:
         self._process.check()
         return self._real.requests(service)
+
+    def received(self, taken: Taken, position: int) -> None:
+        self._real.received(taken, position)
+
+    async def progress(self, units: Sequence[Unit]) -> Sequence[Snapshot]:
+        return await self._real.progress(units)
 
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         await self._process.alive()

@@ -8,7 +8,7 @@ in its hands are delivered again by whoever takes its partitions.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import apsw
@@ -90,8 +90,24 @@ class EmbeddedBroker:
     async def keep_house(self) -> None:
         await trim(self.file)
 
-    async def topics(self) -> Sequence[TopicInfo]:
-        return self.file.read(read_topics)
+    @property
+    def identity(self) -> str:
+        return f"embedded {self.file.store_id}"
+
+    async def mirror(
+        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+    ) -> None:
+        raise NotImplementedError("the shelf of the embedded broker is its own mirror")
+
+    def check(self, envelope: Envelope) -> None:
+        """Whatever `seal` makes can be stored."""
+
+    def reread(self, topic: str, partition: int, arrival: Arrival) -> Arrival:
+        return arrival
+
+    async def topics(self, names: Collection[str] | None = None) -> Sequence[TopicInfo]:
+        found = self.file.read(read_topics)
+        return found if names is None else [info for info in found if info.name in names]
 
     async def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
         def work(connection: apsw.Connection) -> list[Arrival]:

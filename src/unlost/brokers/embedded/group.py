@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import apsw
 
 from unlost.brokers.embedded.log import read_partition
-from unlost.brokers.port import Arrivals, Assigned, Change, Lost, Revoked
+from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Lost, Revoked
 from unlost.errors import UsageError
 from unlost.events.topic import Unit
 from unlost.sqlite.file import File
-from unlost.sqlite.process import examine, service_hash
+from unlost.sqlite.process import examine
 from unlost.sqlite.transaction import Transaction
 
 POLL_SECONDS = 0.2  # how often peers are looked at, and the log without a doorbell
@@ -32,7 +32,6 @@ class EmbeddedMember:
     def __init__(self, file: File, service: str, topics: Sequence[str]) -> None:
         self._file = file
         self._service = service
-        self._hash = service_hash(service)
         self._topics = list(topics)
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -82,7 +81,7 @@ class EmbeddedMember:
         self._paused.discard(unit)
         self._wake.set()
 
-    async def ack(self, unit: Unit, position: int, note: str) -> None:
+    async def ack(self, acks: Sequence[Ack]) -> None:
         raise NotImplementedError("the embedded broker commits with the store")
 
     async def release(self, units: Sequence[Unit]) -> None:
@@ -138,7 +137,6 @@ class EmbeddedMember:
         for change in changes:
             assert isinstance(change, Arrivals)
             self._next[change.unit] = change.events[-1].position + 1
-            self._file.process_file.read_up_to(self._hash, self._numbers[change.unit], self._next[change.unit])
         return changes
 
     def _notify(self) -> None:

@@ -95,6 +95,22 @@ class KafkaBroker:
         publisher.send(call, [self._sent(publisher, call, place, e) for place, e in enumerate(envelopes)])
         return await call.future
 
+    async def mirror(
+        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+    ) -> None:
+        if topic not in self._known:
+            await asyncio.to_thread(self._find_or_make, [topic])
+        there = self._known[topic]
+        publisher = self._publisher or self._start_publisher()
+        call = Call(asyncio.get_running_loop(), 1)
+        partition = next(self._turn) % there.partitions if key is None else partition_of(key, there.partitions)
+        size = len(data or b"") + len(key or b"") + 1024
+        publisher.send(
+            call,
+            [Sent(publisher, call, 0, "a dead letter", topic, there.name, partition, key, data, list(headers), size)],
+        )
+        await call.future
+
     def check(self, envelope: Envelope) -> None:
         if envelope.topic in self._known:
             self._sizes(envelope)

@@ -10,7 +10,7 @@ from confluent_kafka.admin import OffsetSpec
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.kafka.topics import Cluster, info_of
-from unlost.brokers.kafka.wire import arrival_of
+from unlost.brokers.kafka.wire import arrival_of, headers_in
 from unlost.errors import Unavailable
 from unlost.events.topic import Arrival, Decoder, TopicInfo
 from unlost.world import REAL
@@ -48,7 +48,11 @@ class KafkaLog:
             return self._read(topic, place, start, limit)
         except KafkaException as e:
             error = e.args[0]
-            if error.code() in (KafkaError._UNKNOWN_PARTITION, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):
+            if error.code() in (
+                KafkaError._UNKNOWN_PARTITION,
+                KafkaError.UNKNOWN_TOPIC_OR_PART,
+                KafkaError._UNKNOWN_TOPIC,
+            ):
                 return []
             raise sorted_error(error, f"reading {topic}/{partition}") from None
 
@@ -78,10 +82,11 @@ class KafkaLog:
                     if error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention has moved on in the meantime
                         return found
                     raise KafkaException(error)
-                at = m.offset() + 1
+                position = m.offset() or 0
+                at = position + 1
                 found.append(
                     arrival_of(
-                        topic, place.partition, m.offset(), max(0, m.timestamp()[1]), m.key(), m.value(), m.headers() or (),
+                        topic, place.partition, position, max(0, m.timestamp()[1]), m.key(), m.value(), headers_in(m),
                         self._decoders.get(topic),
                     )
                 )  # fmt: skip

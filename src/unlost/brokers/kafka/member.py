@@ -26,7 +26,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Me
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.kafka.topics import Cluster, Described
-from unlost.brokers.kafka.wire import arrival_of
+from unlost.brokers.kafka.wire import arrival_of, headers_in
 from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Gone, Lost, Revoked, Saved
 from unlost.errors import Damaged, UnlostError, UsageError
 from unlost.events.topic import Arrival, Decoder, Gap, Unit
@@ -151,9 +151,7 @@ class KafkaMember:
 
     async def ack(self, acks: Sequence[Ack]) -> None:
         places = [
-            TopicPartition(*self._place(a.unit), a.position, a.note)
-            for a in acks
-            if self._place(a.unit) in self._owned
+            TopicPartition(*self._place(a.unit), a.position, a.note) for a in acks if self._place(a.unit) in self._owned
         ]
         if places:
             leaving = any((p.topic, p.partition) not in self._next for p in places) or self._closed
@@ -181,8 +179,8 @@ class KafkaMember:
         changes: list[Change] = []
         found: dict[Place, list[Arrival]] = {}
         size = 0
-        for place in [p for p in self._held if p not in self._paused and p in self._next]:
-            changes.append(self._unhold(place))
+        ready = [p for p in self._held if p not in self._paused and p in self._next]
+        changes += [self._unhold(place) for place in ready]
         while self._inbox and size < TAKE_BYTES:
             item = self._inbox[0]
             if isinstance(item, _Batch):
@@ -227,14 +225,14 @@ class KafkaMember:
         while messages and size < TAKE_BYTES:
             m = messages.popleft()
             taken += len(m)
-            place = (m.topic(), m.partition())
+            place = (m.topic() or "", m.partition() or 0)
             error = m.error()
             if error is not None and place not in live:
                 self._on_message_error(place, error, None)
                 continue
             if place not in live:
                 continue  # fetched before it was taken from us, or before a seek
-            position, expected = m.offset(), self._next[place]
+            position, expected = m.offset() or 0, self._next[place]
             if error is not None and error.code() != KafkaError._PARTITION_EOF:
                 self._on_message_error(place, error, self._tokens[place])
                 continue
@@ -254,7 +252,7 @@ class KafkaMember:
             name = topic[len(self._settings.prefix) :]
             value = m.value()
             a = arrival_of(
-                name, partition, position, max(0, m.timestamp()[1]), m.key(), value, m.headers() or (),
+                name, partition, position, max(0, m.timestamp()[1]), m.key(), value, headers_in(m),
                 self._decoders.get(name) if self._decoders else None,
             )  # fmt: skip
             self._next[place] = position + 1
@@ -309,7 +307,9 @@ class KafkaMember:
         if bad is not None:
             return Gap(start, end, "unaccountable", bad)
         if self._topics[place[0]].compacted:
-            return Gap(start, end, "unaccountable", "the topic is compacted: what was here may have been removed unread")
+            return Gap(
+                start, end, "unaccountable", "the topic is compacted: what was here may have been removed unread"
+            )
         return Gap(start, end, "void", "markers of transactions")
 
     def _on_message_error(self, place: Place, error: KafkaError, token: int | None) -> None:
@@ -349,7 +349,9 @@ class KafkaMember:
             )  # fmt: skip
         if expected < found.low:
             declared = self._retained.get(unit.topic, False)
-            why = "retention removed them before they were handled" + ("" if declared else "; this App declares no retention")
+            why = "retention removed them before they were handled" + (
+                "" if declared else "; this App declares no retention"
+            )
             log.error("%s: positions %d to %d are gone: %s", unit, expected, found.low - 1, why)
             changes.append(Gone(unit, Gap(expected, found.low, "expired", why)))
             self._next[place] = found.low
@@ -363,7 +365,7 @@ class KafkaMember:
 
     def _forget(self, place: Place) -> None:
         for table in (self._next, self._tokens, self._owned, self._held, self._held_bytes, self._jumped, self._bad):
-            table.pop(place, None)  # type: ignore[attr-defined]
+            table.pop(place, None)
         self._paused.discard(place)
         self._stopped.discard(place)
 
@@ -400,7 +402,8 @@ class KafkaMember:
         self._orders.put(job)
         ended = asyncio.create_task(self._ended.wait())
         try:
-            await asyncio.wait([future, ended], return_when=asyncio.FIRST_COMPLETED)
+            both: list[asyncio.Future[Any]] = [future, ended]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ended.cancel()
         if future.done():
@@ -457,10 +460,7 @@ class KafkaMember:
 
     def _is_full(self) -> bool:
         """Whether the event loop has enough to do. Polling must go on even then, or the group would throw us out."""
-        if (
-            self._posted - self._taken < BACKLOG_MAX
-            and self._posted_bytes - self._taken_bytes < BACKLOG_BYTES_MAX
-        ):
+        if self._posted - self._taken < BACKLOG_MAX and self._posted_bytes - self._taken_bytes < BACKLOG_BYTES_MAX:
             self._blocked_since = None
             if self._all_paused:
                 self._all_paused = False
@@ -593,7 +593,10 @@ class KafkaMember:
         if not mine:
             return
         try:
-            self._consumer.commit(offsets=mine, asynchronous=not wait)
+            if wait:
+                self._consumer.commit(offsets=mine, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=mine)
         except KafkaException as e:  # the store has it all: this is for those who look at the group
             log.info("%s: the group's offsets were not saved: %s", self._service, e.args[0].str())
 

@@ -72,7 +72,7 @@ class Sent:
 
     def __init__(
         self, publisher: Publisher, call: Call, place: int, id: str, topic: str, topic_there: str, partition: int,
-        key: bytes | None, value: bytes | None, headers: list[tuple[str, bytes]], size: int,
+        key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]], size: int,
     ) -> None:  # fmt: skip
         self.publisher = publisher
         self.call = call
@@ -124,7 +124,9 @@ class Publisher:
             if self._closed:
                 raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
             size = sum(e.size for e in events)
-            if len(self._pending) + len(events) > PENDING_MAX or (self._pending and self._bytes + size > PENDING_BYTES_MAX):
+            if len(self._pending) + len(events) > PENDING_MAX or (
+                self._pending and self._bytes + size > PENDING_BYTES_MAX
+            ):
                 raise Unavailable(
                     "UL2111", "too many events wait for the Kafka cluster already; nothing was accepted",
                     found=f"{len(self._pending)} events, {self._bytes // 1_000_000} MB" + (f"; {self._trouble}" if self._trouble else ""),
@@ -166,7 +168,12 @@ class Publisher:
     def _produce(self, e: Sent) -> None:
         try:
             self._producer.produce(
-                e.topic_there, e.value, e.key, e.partition, e.reported, headers=e.headers  # type: ignore[arg-type]
+                e.topic_there,
+                e.value,
+                e.key,
+                e.partition,
+                e.reported,
+                headers=e.headers,  # type: ignore[arg-type]
             )
         except KafkaException as failed:  # refused at once: too large for the client, a topic known to be missing
             self.reports.append((e, failed.args[0], -1, -1))

@@ -33,11 +33,24 @@ def sorted_error(e: KafkaException | KafkaError | Any, doing: str) -> UnlostErro
             "UL1012", "the event is larger than the cluster takes", found=f"{doing}: {text}",
             fix="put the large part elsewhere and a reference into the event, or raise max.message.bytes of the topic",
         )  # fmt: skip
-    if name in ("INVALID_REPLICATION_FACTOR", "INVALID_PARTITIONS", "INVALID_CONFIG", "POLICY_VIOLATION", "INVALID_REQUEST"):
-        return UsageError("UL1147", "the Kafka cluster refused that", found=f"{doing}: {text}", fix="declare the topic so that the cluster can give it")
+    if name in (
+        "INVALID_REPLICATION_FACTOR",
+        "INVALID_PARTITIONS",
+        "INVALID_CONFIG",
+        "POLICY_VIOLATION",
+        "INVALID_REQUEST",
+    ):
+        return UsageError(
+            "UL1147",
+            "the Kafka cluster refused that",
+            found=f"{doing}: {text}",
+            fix="declare the topic so that the cluster can give it",
+        )
     if name in _UNKNOWN:
         return OutcomeUnknown(
             "UL2120", "nobody can say whether the Kafka cluster did that", found=f"{doing}: {text} ({name})",
             fix="do it again; publishing with the same id is at most a duplicate",
         )  # fmt: skip
-    return Unavailable("UL2101", "the Kafka cluster cannot do that now", found=f"{doing}: {text} ({name})", fix="try again")
+    return Unavailable(
+        "UL2101", "the Kafka cluster cannot do that now", found=f"{doing}: {text} ({name})", fix="try again"
+    )

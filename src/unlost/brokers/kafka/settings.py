@@ -159,7 +159,9 @@ def _pairs(query: str) -> list[tuple[str, str]]:
     for name, value in parse_qsl(query, keep_blank_values=True):
         known = _OTHER_NAMES.get(name, name)
         if name in _REFUSED:
-            raise UsageError("UL1143", f"{name} is not yours to set: a promise rests on it", fix="leave it out of the URL")
+            raise UsageError(
+                "UL1143", f"{name} is not yours to set: a promise rests on it", fix="leave it out of the URL"
+            )
         if known in OURS and str(OURS[known]).lower() != value.lower() and not (known == "acks" and value == "-1"):
             raise UsageError(
                 "UL1143", f"{name} is {str(OURS[known]).lower()} here: a promise rests on it", found=f"{name}={value}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 PARTITIONS_MAX = 1024
 ADMIN_SECONDS = 20.0
+HOPELESS_SECONDS = 2.0
 VISIBLE_SECONDS = 10.0  # how long a topic that was just made may take to be seen everywhere
 _FOREVER = 9_223_372_036_854_775_807
 
@@ -93,10 +94,15 @@ class Cluster:
         Raises:
             Unavailable: nobody answers there, with the reason as far as it is known.
         """
-        try:
-            metadata = self.admin.list_topics(timeout=seconds)
-        except KafkaException as e:
-            raise self._unreachable(e) from None
+        end = REAL.monotonic() + seconds
+        while True:
+            try:
+                metadata = self.admin.list_topics(timeout=1.0)
+                break
+            except KafkaException as e:
+                self.admin.poll(0)  # for the reasons: they come by callback
+                if REAL.monotonic() > end or (self._hopeless() and REAL.monotonic() > end - seconds + HOPELESS_SECONDS):
+                    raise self._unreachable(e) from None
         self.brokers = len(metadata.brokers)
         self.id = metadata.cluster_id or ""
 
@@ -160,7 +166,9 @@ class Cluster:
 
         def ask() -> dict[tuple[str, int], int]:
             asked = self.admin.list_offsets(
-                dict.fromkeys(places, spec), isolation_level=IsolationLevel.READ_COMMITTED, request_timeout=ADMIN_SECONDS
+                dict.fromkeys(places, spec),
+                isolation_level=IsolationLevel.READ_COMMITTED,
+                request_timeout=ADMIN_SECONDS,
             )
             return {(place.topic, place.partition): self._wait(f).offset for place, f in asked.items()}
 
@@ -206,13 +214,14 @@ class Cluster:
     def _wait(self, future: Future[T]) -> T:
         return future.result(ADMIN_SECONDS + 5)
 
-    def _call(self, work: Any) -> Any:
+    def _call(self, work: Callable[[], T]) -> T:
         try:
             return work()
         except KafkaException as e:
+            self.admin.poll(0)
             raise self._unreachable(e) from None
 
-    def _patiently(self, work: Any, what: str) -> Any:
+    def _patiently(self, work: Callable[[], T], what: str) -> T:
         """Again while a partition has no leader for the moment."""
         end = REAL.monotonic() + ADMIN_SECONDS
         while True:
@@ -224,6 +233,10 @@ class Cluster:
                         "UNKNOWN_TOPIC_OR_PART", "_TIMED_OUT", "_TRANSPORT")) or REAL.monotonic() > end:  # fmt: skip
                     raise sorted_error(e, what) from None
                 REAL.pause(0.1)
+
+    def _hopeless(self) -> bool:
+        """Whether waiting longer is no use: the login or the encryption is wrong."""
+        return any("authentication" in text.lower() or "ssl" in text.lower() for text in self._errors)
 
     def _unreachable(self, e: KafkaException) -> UnlostError:
         cause = self._errors[-1] if self._errors else e.args[0].str()
@@ -243,9 +256,7 @@ class Cluster:
             fix = "is this port spoken to in its own protocol? Try security.protocol=SSL or SASL_SSL in the URL"
         else:
             fix = "check the URL: " + "kafka://host:9092"
-        return Unavailable(
-            "UL2100", f"no Kafka cluster answers at {self.settings.bootstrap}", found=cause, fix=fix
-        )
+        return Unavailable("UL2100", f"no Kafka cluster answers at {self.settings.bootstrap}", found=cause, fix=fix)
 
 
 def check_declared(topics: Sequence[Topic]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+from confluent_kafka import Message
 
 from unlost.errors import Undecodable, UnlostError, UsageError
 from unlost.events import MAX_HEAD_BYTES, Envelope, from_headers, seal, to_headers
@@ -42,6 +43,10 @@ class _Raw(msgspec.Struct, frozen=True):
 
 
 _raw = msgspec.json.Decoder(_Raw).decode
+
+
+def headers_in(m: Message) -> Headers:
+    return m.headers() or ()  # type: ignore[return-value]  # (its stub knows more forms than there are)
 
 
 def headers_of(e: Envelope) -> tuple[list[tuple[str, bytes]], bytes | None]:
@@ -112,7 +117,7 @@ def _ours(topic: str, key: bytes | None, value: bytes | None, headers: Headers, 
             if field is not None:
                 if field in fields or not raw:
                     return None
-                fields[field] = raw.decode()  # type: ignore[union-attr]
+                fields[field] = raw.decode()
             elif name == "ce_specversion":
                 version = raw
             elif name[:3] == "ce_" or name.lower()[:3] == "ce_" or name.lower() == "content-type":
@@ -126,7 +131,13 @@ def _ours(topic: str, key: bytes | None, value: bytes | None, headers: Headers, 
         id, source, type, time = fields["id"], fields["source"], fields["type"], fields["time"]
         if not (id and source and type and id.isprintable() and source.isprintable() and type.isprintable()):
             return None
-        if len(time) != 27 or time[26] != "Z" or time[19] != "." or not time[20:26].isdigit() or not is_second(time[:19]):
+        if (
+            len(time) != 27
+            or time[26] != "Z"
+            or time[19] != "."
+            or not time[20:26].isdigit()
+            or not is_second(time[:19])
+        ):
             return None
         kind = fields.get("datacontenttype")
         if kind is None:
@@ -143,7 +154,9 @@ def _ours(topic: str, key: bytes | None, value: bytes | None, headers: Headers, 
 def _cloudevent(headers: Headers) -> bool:
     for name, value in headers:
         low = name.lower()
-        if low == "ce_specversion" or (low == "content-type" and (value or b"").lower().startswith(b"application/cloudevents")):
+        if low == "ce_specversion" or (
+            low == "content-type" and (value or b"").lower().startswith(b"application/cloudevents")
+        ):
             return True
     return False
 
@@ -153,9 +166,7 @@ def _decoded(message: Foreign, decoder: Decoder, raw: bytes) -> Arrival:
     try:
         event = decoder(message)
         if event is None:
-            return Arrival(
-                message.position, None, message.recorded, raw, message.key, message.value, rule="decoder"
-            )
+            return Arrival(message.position, None, message.recorded, raw, message.key, message.value, rule="decoder")
         envelope = seal(
             event, source=f"kafka:{message.topic}", id=f"{message.topic}/{message.partition}:{message.position}",
             topic=message.topic, now=message.recorded,

@@ -1,0 +1,128 @@
+"""The outbox in the embedded file: what handlers publish, for a broker whose log is elsewhere.
+
+A row's number follows the order of the commits (SQLite has one writer), so reading on from a number skips nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+
+import apsw
+import msgspec
+
+from unlost.events import Envelope, decode_head, encode_head
+from unlost.sqlite.file import File
+from unlost.sqlite.process import examine
+from unlost.sqlite.transaction import Transaction
+from unlost.store.port import Unsent
+
+POLL_SECONDS = 0.2
+_raw = msgspec.json.Decoder(list[tuple[str, str | None]]).decode
+
+
+def put(tx: Transaction, envelopes: Sequence[Envelope]) -> None:
+    """Puts events into the outbox, in this commit."""
+    tx.news = True
+    now = tx.world.now()
+    for e in envelopes:
+        tx.execute(
+            "insert into unlost_outbox (topic, key, head, data, added) values (?, ?, ?, ?, ?)",
+            (e.topic, e.key, encode_head(e), e.data, now),
+        )
+
+
+def put_raw(
+    tx: Transaction, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+) -> None:
+    """Puts a message that is no event of its own (a mirrored dead letter), in this commit."""
+    tx.news = True
+    raw = [(name, None if value is None else b64encode(value).decode()) for name, value in headers]
+    tx.execute(
+        "insert into unlost_outbox (topic, key, head, data, raw, added) values (?, ?, ?, ?, ?, ?)",
+        (topic, key, b"", data, msgspec.json.encode(raw).decode(), tx.world.now()),
+    )
+
+
+class SqliteOutbox:
+    """Reads and empties the outbox of one file. Used from one event loop."""
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        file.listen(self._rung)
+
+    def close(self) -> None:
+        self._file.unlisten(self._rung)
+
+    async def claim(self) -> bool:
+        me = self._file.process_id
+        holder = self._file.read(lambda c: c.execute("select process from unlost_relay").fetchone()[0])
+        if holder == me:
+            return True
+        if holder is not None and self._lives(holder):
+            return False
+
+        def work(tx: Transaction) -> bool:
+            now = tx.one("select process from unlost_relay")[0]
+            if now is not None and now != me and self._lives(now):
+                return False
+            tx.execute("update unlost_relay set process = ?", (me,))
+            return True
+
+        return await self._file.write(work)
+
+    async def give(self) -> None:
+        """Another process may send from now on."""
+        me = self._file.process_id
+
+        def work(tx: Transaction) -> None:
+            tx.news = True
+            tx.execute("update unlost_relay set process = null where process = ?", (me,))
+
+        await self._file.write(work)
+
+    async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
+        def work(c: apsw.Connection) -> list[Unsent]:
+            rows = c.execute(
+                "select number, topic, key, head, data, raw from unlost_outbox where number > ? order by number limit ?",
+                (after, limit),
+            )
+            return [_unsent(*row) for row in rows]
+
+        return self._file.read(work)
+
+    async def sent(self, numbers: Sequence[int]) -> None:
+        def work(tx: Transaction) -> None:
+            for number in numbers:
+                tx.execute("delete from unlost_outbox where number = ?", (number,))
+
+        await self._file.write(work)
+
+    async def wait(self, seconds: float) -> None:
+        """The commits of this process ring at once; for those of others, looking now and then is enough."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, POLL_SECONDS)):
+                await self._news.wait()
+        self._news.clear()
+
+    def _rung(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    def _lives(self, process: str) -> bool:
+        remains = examine(self._file.run_folder, process)
+        return remains.alive and not remains.hung
+
+
+def _unsent(number: int, topic: str, key: bytes | None, head: bytes, data: bytes | None, raw: str | None) -> Unsent:
+    if raw is None:
+        return Unsent(number=number, envelope=decode_head(head, topic=topic, key=key, data=data))
+    headers = [(name, None if value is None else b64decode(value)) for name, value in _raw(raw)]
+    return Unsent(
+        number=number, raw=headers,
+        envelope=Envelope(id=f"mirror-{number}", source="", type="", time="", topic=topic, key=key, data=data),
+    )  # fmt: skip
