@@ -7,6 +7,8 @@ import inspect
 
 import pytest
 
+pytest_plugins = ["servers.fixtures"]
+
 SECONDS = 120.0
 
 

@@ -26,7 +26,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -331,13 +331,15 @@ def armed_probe(journal: Journal, step: str, count: int) -> Callable[[str, Any],
     return probe
 
 
-def arm_at_random(journal: Journal, rng: random.Random) -> Callable[[str, Any], None] | None:
+def arm_at_random(
+    journal: Journal, rng: random.Random, points: Sequence[tuple[Any, str]] = POINTS, rare: Collection[str] = RARE
+) -> Callable[[str, Any], None] | None:
     """One crash point for this life, somewhere in its first seconds."""
-    choice = rng.randrange(len(POINTS) + 2 * len(STEPS))
-    if choice >= len(POINTS):
+    choice = rng.randrange(len(points) + 2 * len(STEPS))
+    if choice >= len(points):
         return armed_probe(journal, STEPS[choice % 2], 1 + int(rng.expovariate(1 / 60)))
-    owner, name = POINTS[choice]
-    mean = 2 if name in RARE else 60
+    owner, name = points[choice]
+    mean = 2 if name in rare else 60
     arm(journal, owner, name, rng.choice(("before", "after")), 1 + int(rng.expovariate(1 / mean)))
     return None
 
@@ -356,9 +358,16 @@ class Job:
     folder: Path
     armed: bool
     rate: float  # events per second, of a publisher
+    broker: str = ""  # a URL; empty: the embedded one
+    only: tuple[str, ...] = ()  # these services; empty: all
 
     @property
     def url(self) -> str:
+        return self.broker or self.file_url
+
+    @property
+    def file_url(self) -> str:
+        """The embedded broker, or the store beside another one."""
         return f"embedded://{self.folder}/events.db"
 
     @property
@@ -380,9 +389,10 @@ def run_child(job: Job) -> None:
 
 
 def services(job: Job, journal: Journal, rng: random.Random, probe: Any) -> None:
+    made = make_services(journal, job.folder, rng)
     app = App(
-        *make_services(journal, job.folder, rng), broker=job.url, topics=TOPICS, schema=job.folder / "schema.sql",
-        probe=probe,
+        *(s for s in made if s.name in job.only or not job.only), broker=job.url, topics=TOPICS,
+        schema=job.folder / "schema.sql", probe=probe,
     )  # fmt: skip
     app.run()
 
@@ -493,7 +503,14 @@ def publishing_sync(job: Job, journal: Journal, rng: random.Random, _: Any) -> N
         while not stopping.is_set():
             event = line.event(account)
             journal.note("intend", event.uid, account, "", event.value)
-            app.publish_sync(event, id=event.uid)
+            try:
+                app.publish_sync(event, id=event.uid)
+            except OutcomeUnknown:
+                journal.note("unknown", event.uid, account)
+                continue
+            except Unavailable:
+                journal.note("refused", event.uid, account)
+                continue
             journal.note("acked", event.uid, account)
             line.close(account)
             stopping.wait(dice.expovariate(job.rate / 3))
@@ -520,10 +537,10 @@ def operating(job: Job, journal: Journal, rng: random.Random, _: Any) -> None:
     if stopping.is_set():
         return
     audited = 0.0
-    with opened(job.url) as file:
+    with opened(job.file_url) as file:
         while not stopping.wait(rng.random() * 0.2):
             operate_once(file, job.folder, journal)
-            if time.monotonic() - audited > 1.0:  # the books must balance at every instant, not only at the end
+            if time.monotonic() - audited > 1.0 and not job.broker:  # the books must balance at every instant, not only at the end
                 audited = time.monotonic()
                 books = books_module.books(file)
                 journal.note(

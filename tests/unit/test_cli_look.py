@@ -284,7 +284,7 @@ def test_other_files_and_places(shell: Shell) -> None:
     connection.execute("create table t (x)")
     connection.close()
     wrong: list[tuple[str, str]] = [
-        (f"embedded://{newer}/events.db", "UL1112"), (f"embedded://{foreign}", "UL1111"), ("kafka://host", "UL1140"),
+        (f"embedded://{newer}/events.db", "UL1112"), (f"embedded://{foreign}", "UL1111"), ("redis://host", "UL1140"),
         ("nonsense", "UL1141"), ("embedded://host/path", "UL1141"), (f"embedded://{shell.folder}", "UL"),
         ("embedded:///nowhere/at/all.db", "UL1301"), ("http://ann:s3cret@host/", "UL1141"),
     ]  # fmt: skip

@@ -160,7 +160,7 @@ BAD = [
     ("function", ["run", "bad:make"], "def make(): pass", ["UL1316", "it is a function", "app = make()"]),
     ("no services", ["run", "bad"], "from unlost import App\napp = App()", ["UL1318"]),
     ("stdlib name", ["run", "queue.py"], None, ["UL1312"]),
-    ("broker", ["run", "shop", "--broker", "kafka://h"], None, ["UL1140"]),
+    ("broker", ["run", "shop", "--broker", "redis://h"], None, ["UL1140"]),
     ("log", ["run", "shop", "--log", "loud"], None, ["UL1319", "'loud' from flag --log"]),
     ("option", ["run", "shop", "--nope"], None, ["UL1300", "--nope", "unlost run --help"]),
 ]

@@ -23,6 +23,7 @@ from unlost.sqlite import file as file_module
 from unlost.sqlite import guards
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import beside
+from unlost.sqlite.schema import FORMAT
 
 NOBODY = 65534
 
@@ -185,9 +186,25 @@ def test_a_foreign_sqlite_file_is_refused_and_left_alone(path: Path) -> None:
 def test_a_newer_format_is_refused(path: Path) -> None:
     make(path, 3)
     db = sqlite3.connect(path)
-    db.execute("pragma user_version = 2")
+    db.execute(f"pragma user_version = {FORMAT + 1}")
     db.close()
-    refused(path, UsageError, "UL1112", "file format 2", "pip install -U unlost")
+    refused(path, UsageError, "UL1112", f"file format {FORMAT + 1}", "pip install -U unlost")
+
+
+def test_an_older_format_is_brought_up_to_date(path: Path) -> None:
+    make(path, 3)
+    db = sqlite3.connect(path)
+    for table in ("unlost_gap", "unlost_outbox", "unlost_relay"):
+        db.execute(f"drop table {table}")
+    db.execute("pragma user_version = 1")
+    db.commit()
+    db.close()
+    make(path, 2)
+    db = sqlite3.connect(path)
+    assert db.execute("pragma user_version").fetchone() == (FORMAT,)
+    assert db.execute("select process from unlost_relay").fetchall() == [(None,)]
+    assert db.execute("select count(*) from unlost_log").fetchone() == (5,)
+    db.close()
 
 
 @pytest.mark.parametrize("content", [b"hello, world\n" * 50, b"\0" * 8192, random.Random(1).randbytes(8192)])

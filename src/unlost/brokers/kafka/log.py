@@ -60,7 +60,7 @@ class KafkaLog:
         consumer = self._consumer
         if consumer is None:
             consumer = self._consumer = Consumer(
-                self._settings.consumer(self._settings.prefix + GROUP, **{"queued.min.messages": 1000})
+                self._settings.consumer(self._settings.prefix + GROUP, **{"queued.min.messages": 1000, "fetch.wait.max.ms": 10})
             )
         low, high = consumer.get_watermark_offsets(place, READ_SECONDS, cached=False)
         start = max(start, low)
