@@ -13,14 +13,9 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,18 +23,31 @@ from typing import Any
 
 import apsw
 from common import EVENT_BYTES, HERE, KEYS, PUBLISHERS, call, run
+from report import (
+    DISTURBED,
+    PEERS_PYTHON,
+    ROOT,
+    Others,
+    Results,
+    cells,
+    cpu,
+    install_peers,
+    median,
+    memory,
+    processor,
+    rate,
+    say,
+    spread,
+    table,
+    timed,
+)
 
 from unlost.sqlite.guards import file_system
 
-ROOT = HERE.parent
 PEERS = {"huey": 3000, "persist-queue": 3000, "dbos": 200}  # name, events
-PEERS_VENV = ROOT / ".venv-bench"
 BATCH = 100  # events in one publish_all
 SMALL_BATCH = 20
-DISTURBED = 0.1  # share of the processors' time for other programs beyond which a ratio says nothing
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "overlay")
-
-Results = list[dict[str, Any]]
 
 
 class Bench:
@@ -64,12 +72,9 @@ class Bench:
 
     def run(self) -> None:
         """All rounds, and how much of the machine other programs took meanwhile."""
-        busy, own, began = busy_seconds(), own_seconds(), time.monotonic()
+        others = Others()
         self._rounds()
-        if busy is not None:
-            others = (busy_seconds() or 0.0) - busy - (own_seconds() - own)
-            share = max(0.0, others) / (time.monotonic() - began) / (os.cpu_count() or 1)
-            self.others = share
+        self.others = others.share()
 
     @property
     def disturbed(self) -> bool:
@@ -106,7 +111,7 @@ class Bench:
         for name, total in PEERS.items():
             if name not in self.not_installed:
                 with self._folder() as folder:
-                    self.peers[name].append(run(PEERS_VENV / "bin" / "python", "peers.py", name, folder, total))
+                    self.peers[name].append(run(PEERS_PYTHON, "peers.py", name, folder, total))
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
@@ -117,38 +122,10 @@ class Bench:
             shutil.rmtree(folder)
 
     def install_peers(self) -> None:
-        """Each on its own: one that does not install is named in the table, the others are measured."""
-        python = PEERS_VENV / "bin" / "python"
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(PEERS_VENV)], check=True)
-            (PEERS_VENV / ".gitignore").write_text("*\n")
-        for name in PEERS:
-            done = subprocess.run(
-                [str(python), "-m", "pip", "install", "-q", "-c", str(HERE / "constraints.txt"), name],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            if done.returncode != 0:
-                self.not_installed[name] = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        self.not_installed = install_peers(PEERS)
 
 
 # --- the tables --------------------------------------------------------------------------------------------------
-
-
-def median(values: Sequence[float] | Iterator[float]) -> float:
-    return statistics.median(list(values))
-
-
-def rate(results: Results) -> float:
-    return median([r["events"] / r["seconds"] for r in results])
-
-
-def cpu(results: Results, name: str = "cpu") -> float:
-    """Processor time per event, in microseconds."""
-    return median([r[name] / r["events"] * 1e6 for r in results])
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100)[percent - 1]
 
 
 def verdict(b: Bench, passed: bool) -> str:
@@ -160,7 +137,7 @@ def ratio_row(b: Bench, name: str, pairs: list[tuple[dict[str, Any], dict[str, A
     found = median(ratios)
     return [
         name, f"{rate([ours for ours, _ in pairs]):,.0f}/s", f"{rate([raw for _, raw in pairs]):,.0f}/s",
-        f"≥ {target:g}", f"**{found:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"≥ {target:g}", spread(ratios),
         verdict(b, found >= target),
     ]  # fmt: skip
 
@@ -171,14 +148,9 @@ def latency_row(b: Bench, name: str, results: Results, target: float) -> list[st
     return [
         name, f"{median([median(r['start']) for r in results]):,.0f} µs",
         f"{median([median(r['disk']) for r in results]):,.0f} µs",
-        f"≤ {target:g}", f"**{found:.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"≤ {target:g}", spread(ratios),
         verdict(b, found <= target),
     ]  # fmt: skip
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def targets(b: Bench) -> str:
@@ -225,10 +197,6 @@ def latencies(b: Bench) -> str:
             rows.append([f"{what}, {'one process' if processes == 1 else 'two processes'}", *cells(values)])
     rows.append(["4 KiB pwrite + fdatasync", *cells([v for r in (*b.latency[1], *b.latency[2]) for v in r["disk"]])])
     return table(["", "p50", "p95", "p99"], rows)
-
-
-def cells(values: Sequence[float]) -> list[str]:
-    return [f"{percentile(values, p):,.0f} µs" for p in (50, 95, 99)]
 
 
 def information(b: Bench) -> str:
@@ -281,38 +249,6 @@ def machine(b: Bench) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def busy_seconds() -> float | None:
-    """Processor time that anybody has used since the machine started, where the system tells."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _idle, _waiting, interrupts, soft, steal = map(int, fields[:8])
-    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def own_seconds() -> float:
-    """The same of this program and of all it has run."""
-    return sum(
-        usage.ru_utime + usage.ru_stime
-        for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
-    )
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def memory() -> str:
-    return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-
-
 def document(b: Bench) -> str:
     warning = ""
     if b.disturbed:
@@ -359,10 +295,6 @@ concurrent callers, so its line with one publisher is the one to compare with th
 """
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under a minute, without the neighbours; prints only")
@@ -382,12 +314,6 @@ def main() -> None:
     if not options.quick:
         (HERE / "RESULTS.md").write_text(text)
     say(f"{seconds:.0f} s" + ("" if options.quick else f", written to {HERE.name}/RESULTS.md"))
-
-
-def timed(work: Callable[[], None]) -> float:
-    began = time.monotonic()
-    work()
-    return time.monotonic() - began
 
 
 if __name__ == "__main__":

@@ -748,9 +748,10 @@ class Supervisor:
         self.report.broken += [f"unbalanced while running: {n.uid}" for n in notes if n.what == "unbalanced"]
 
 
-def effects(folder: Path) -> Iterator[Effect]:
-    """The user's own table, read through a fresh connection after everybody has left."""
-    connection = apsw.Connection(str(folder / "events.db"), flags=apsw.SQLITE_OPEN_READONLY)
+def effects(folder: Path, name: str = "events.db") -> Iterator[Effect]:
+    """The user's own table, read through a fresh connection."""
+    connection = apsw.Connection(str(folder / name), flags=apsw.SQLITE_OPEN_READONLY)
+    connection.set_busy_timeout(5000)
     try:
         for row in connection.execute("select number, service, uid, account, value from effect order by number"):
             yield Effect(*row)

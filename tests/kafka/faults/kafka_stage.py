@@ -1,0 +1,191 @@
+"""Processes on a real Kafka, made to be killed, and what is found afterwards.
+
+Children come from a fork server that has imported everything and has one thread, so each is as good as a fresh
+process (the client of Kafka has threads, which no fork survives) and costs some milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from checker import Contract, check
+from evidence import Effect, Journal, read
+from kafka_books import Unit, balance, committed, positions
+from workload import SCHEMA, effects
+
+from unlost.testing import sabotage
+
+# what makes a member be missed soon, and still lets a busy machine of two cores breathe
+QUICK = "session.timeout.ms=1500&heartbeat.interval.ms=300"
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["pytest", "apsw", "confluent_kafka.admin", "unlost", "unlost.ops.shelf", "unlost.brokers.kafka.broker"]
+)
+
+
+class Child:
+    """One process of the proof. It dies with its parent."""
+
+    def __init__(self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]) -> None:
+        self.name = name
+        self._process = _context.Process(target=_enter, args=(str(log), env, work, args), name=name, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+        self.killed = False
+
+    @property
+    def code(self) -> int | None:
+        """How it ended; None while it runs."""
+        return self._process.exitcode
+
+    def signal(self, number: int) -> None:
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.killed = True
+        self.signal(signal.SIGKILL)
+        self._process.join(30)
+
+    def end(self, seconds: float = 60) -> int:
+        """SIGTERM; returns its exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 60) -> int:
+        self._process.join(seconds)
+        if self.code is None:
+            raise TimeoutError(f"{self.name} did not end within {seconds:g} s")
+        return self.code
+
+
+def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]) -> None:
+    os.environ.update(env)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    parent = os.getppid()
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    sabotage.from_environment()
+    work(*args)
+    sys.stderr.flush()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(72)
+
+
+class Stage:
+    """A folder with a store and evidence, a cluster, and children that come and go."""
+
+    def __init__(self, folder: Path, bootstrap: str, prefix: str, *, options: str = QUICK, store: str = "events.db") -> None:
+        self.folder = folder
+        self.bootstrap = bootstrap
+        self.prefix = f"{prefix}."
+        self.options = options
+        self.store = folder / store
+        self.children: list[Child] = []
+        (folder / "evidence").mkdir(parents=True, exist_ok=True)
+        (folder / "schema.sql").write_text(SCHEMA)
+        self.log = folder / "stderr.txt"
+
+    @property
+    def url(self) -> str:
+        return f"kafka://{self.bootstrap}?prefix={self.prefix}" + (f"&{self.options}" if self.options else "")
+
+    @property
+    def evidence(self) -> Path:
+        return self.folder / "evidence"
+
+    def begin(self, name: str, work: Callable[..., None], *args: Any, env: dict[str, str] | None = None) -> Child:
+        """Starts a child that calls `work(*args)`, a function at the top of a module."""
+        chosen = {"UNLOST_STORE": f"embedded://{self.store}", "UNLOST_BROKER": self.url, **(env or {})}
+        child = Child(name, self.log, chosen, work, args)
+        self.children.append(child)
+        return child
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self.children:
+            child.signal(signal.SIGCONT)
+            child.kill()
+
+    def journal(self, name: str) -> Journal:
+        return Journal(self.evidence, name)
+
+    # --- looking ------------------------------------------------------------------------------------------------
+
+    def said(self) -> str:
+        """What the children have printed."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def until(self, holds: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+        """Waits for a condition; its value is returned."""
+        end = time.monotonic() + seconds
+        while True:
+            if value := holds():
+                return value
+            if time.monotonic() > end:
+                raise TimeoutError(f"waited {seconds:g} s in vain for {what or holds}\n{self.said()[-3000:]}")
+            time.sleep(0.02)
+
+    def completed(self, service: str) -> list[str]:
+        """What handlers say to have done, in the order of their files; and the rows of their transactions."""
+        return [n.uid for n in read(self.evidence) if n.what == "completed" and n.service == service] + [
+            e.uid for e in self.effects() if e.service == service
+        ]
+
+    def effects(self) -> list[Effect]:
+        return list(effects(self.folder, self.store.name)) if self.store.exists() else []
+
+    def positions(self) -> dict[Unit, int]:
+        return positions(self.store)
+
+    def open_work(self) -> list[str]:
+        """What is still to be done, as the store and the log say; whether that is true is for the checker to say."""
+        return [line for line in balance(self.store, self.bootstrap, self.prefix, whole=False)]
+
+    def drained(self) -> bool:
+        return not self.open_work()
+
+    def committed_ahead(self, services: Sequence[str]) -> list[str]:
+        """Offsets that the cluster was told beyond what the store has settled. The cluster is asked first."""
+        told = committed(self.bootstrap, self.prefix, services)
+        settled = self.positions()
+        return [
+            f"{unit}: the group was told {offset}, the store is at {settled.get(unit)}"
+            for unit, offset in told.items()
+            if offset > settled.get(unit, -1)
+        ]
+
+    def verdict(self, contracts: Sequence[Contract]) -> list[str]:
+        """Everything that is wrong: the checker's anomalies, and books that do not balance."""
+        found = [str(a) for a in check(read(self.evidence), self.effects(), contracts, atomic_batches=False)]
+        return found + [f"audit: {line}" for line in balance(self.store, self.bootstrap, self.prefix)]
+
+
+@contextlib.contextmanager
+def stopped(child: Child) -> Iterator[None]:
+    """SIGSTOP for the time of the block."""
+    child.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        child.signal(signal.SIGCONT)
