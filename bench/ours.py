@@ -24,7 +24,7 @@ from unlost import App, Context, Service
 
 WARM = 2000  # events before the clock starts
 DEADLINE_SECONDS = 60.0
-_STAMP = struct.Struct("<q")
+STAMP = struct.Struct("<q")
 
 
 def app_on(folder: Path, *services: Service, **more: Any) -> App:
@@ -122,14 +122,16 @@ def counting(expected: list[int]) -> tuple[Service, list[asyncio.Event]]:
     return service, reached
 
 
-async def unless_it_fails(task: asyncio.Task[None], waited_for: Coroutine[Any, Any, object]) -> None:
+async def unless_it_fails(
+    task: asyncio.Task[None], waited_for: Coroutine[Any, Any, object], seconds: float = DEADLINE_SECONDS
+) -> None:
     """Waits for something that the services bring about; if they fail, so does this."""
     waiting = asyncio.ensure_future(waited_for)
-    done, _ = await asyncio.wait({task, waiting}, timeout=DEADLINE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait({task, waiting}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if waiting not in done:
         if task.done():
             await task
-        raise SystemExit("the service " + ("ended" if task.done() else f"was not done in {DEADLINE_SECONDS:g} s"))
+        raise SystemExit("the service " + ("ended" if task.done() else f"was not done in {seconds:g} s"))
 
 
 def end_with_parent() -> None:
@@ -223,7 +225,7 @@ def stamping(write_to: int) -> Service:
 
     @service.on(OrderPlaced)
     async def handle(event: OrderPlaced) -> None:
-        os.write(write_to, _STAMP.pack(time.monotonic_ns()))
+        os.write(write_to, STAMP.pack(time.monotonic_ns()))
 
     return service
 
@@ -246,7 +248,7 @@ async def measure_latency(folder: Path, samples: int, processes: int) -> None:
     arrived: asyncio.Queue[int] = asyncio.Queue()
 
     def read() -> None:
-        for (at,) in _STAMP.iter_unpack(os.read(stamps, _STAMP.size * 1024)):
+        for (at,) in STAMP.iter_unpack(os.read(stamps, STAMP.size * 1024)):
             arrived.put_nowait(at)
 
     loop.add_reader(stamps, read)

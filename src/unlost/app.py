@@ -22,6 +22,7 @@ from unlost import config
 from unlost.brokers.connect import connect, is_kafka, store_path
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
+from unlost.delivery.mirror import Mirror, MirrorRelay, check_template
 from unlost.delivery.relay import Relay
 from unlost.delivery.service import Service
 from unlost.delivery.suspicion import Suspicion
@@ -50,11 +51,16 @@ class App:
 
     - `broker`: a URL; without it `UNLOST_BROKER`, `[tool.unlost]` in pyproject.toml, or the embedded file
       `.unlost/events.db` beside the nearest pyproject.toml.
+    - `store`: where the store stands that remembers what became of each event, for brokers other than the embedded one:
+      a URL; without it `UNLOST_STORE`, pyproject.toml, or `.unlost/store.db` beside it.
     - `topics`: topics with other than 8 partitions, or with a retention.
     - `schema`: a file with the `create table` statements of your own tables in the embedded file
       (its path is relative to the module that makes the App).
     - `name`: the source of events that are published outside handlers; part of their identity.
     - `survives`: what an accepted event must survive; an App is refused a broker that promises less.
+    - `mirror_dead`: the name of a topic that gets a copy of each dead letter as well, for tools that read it there:
+      `"{topic}.DLT"` or `"{topic}-dlt"`, say; `{service}` may be in it too. The shelf stays what counts. Not with the
+      embedded broker.
 
     Example:
         >>> app = App(Service("billing"), topics=[Topic("order", partitions=32)])
@@ -64,10 +70,12 @@ class App:
         self,
         *services: Service,
         broker: str | None = None,
+        store: str | None = None,
         topics: Sequence[Topic] = (),
         schema: str | Path | None = None,
         name: str = "app",
         survives: Survives = "process death",
+        mirror_dead: str | None = None,
         world: World = REAL,
         probe: Probe | None = None,
     ) -> None:
@@ -89,8 +97,12 @@ class App:
         self.probe = probe
         self.url = ""
         self.broker_url = broker
+        self.store_url = store
         self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
         self._survives = survives
+        self._mirror_dead = mirror_dead
+        if mirror_dead is not None:
+            check_template(mirror_dead)
         self._broker: Broker | None = None
         self._store: Store | None = None
         self._file: File | None = None
@@ -135,7 +147,7 @@ class App:
 
     async def _connect(self) -> None:
         self.url = config.setting("broker", code=self.broker_url).value
-        store_url = config.setting("store").value
+        store_url = config.setting("store", code=self.store_url).value
         if store_url and store_url != self.url and not is_kafka(self.url):
             raise UsageError(
                 "UL1233", "the embedded broker keeps everything in its own file", found=f"store {store_url}",
@@ -153,9 +165,14 @@ class App:
                     found=f"the {broker.abilities.name} broker promises {broker.abilities.survives}",
                     fix="use a replicated broker, or demand less",
                 )  # fmt: skip
-            store = store_beside(file, log_here=broker.abilities.commits_with_store, broker=broker.identity)
+            log_here = broker.abilities.commits_with_store
+            mirror = None if self._mirror_dead is None else Mirror(self._mirror_dead, broker, self.services)
+            store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
             for service in self.services:
-                policy = {"on_dead": service.on_dead, "topics": len(service.topics)}
+                retained = [
+                    t for t in sorted(service.topics) if t in self.topics and self.topics[t].retention is not None
+                ]
+                policy = {"on_dead": service.on_dead, "topics": len(service.topics), "retained": retained}
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
             if self._schema:
                 await _apply_schema(file, self._schema)
@@ -347,18 +364,22 @@ class App:
 
     async def _relay(self) -> None:
         """Empties the outbox, as long as the services run and no other process does it; then once more."""
-        outbox = SqliteOutbox(self.file)
-        relay = Relay(outbox, self.broker)
-        running = asyncio.create_task(relay.run())
+        outbox, copies = SqliteOutbox(self.file), SqliteOutbox(self.file)
+        relay, mirrors = Relay(outbox, self.broker), MirrorRelay(copies, self.broker)
+        running = [asyncio.create_task(relay.run()), asyncio.create_task(mirrors.run())]
         try:
-            await asyncio.shield(running)
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for failed in [task for task in running if task.done()]:
+                await failed
         except asyncio.CancelledError:  # what the last handlers have published
-            if not running.done() and await outbox.claim():
-                await relay.finish(RELAY_SECONDS)
+            if not any(task.done() for task in running) and await outbox.claim():
+                await asyncio.gather(relay.finish(RELAY_SECONDS), mirrors.finish(RELAY_SECONDS))
         finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
             outbox.close()
+            copies.close()
             with contextlib.suppress(UnlostError):  # others see that we are gone
                 await outbox.give()
 

@@ -5,7 +5,11 @@ them have an outcome (`fated`) and from where delivery goes on (`position`), and
 that did not end as done or skipped. The sentence that must hold:
 
     accepted = waiting + in flight + retrying + parked + done + dead + skipped + expired + abandoned + removed
-               + UNACCOUNTED,  and UNACCOUNTED is 0.
+               + unaccountable + UNACCOUNTED,  and UNACCOUNTED is 0.
+
+Where the log is another program's, some of its positions never held an event (they are void, and not accepted), its
+retention may remove events unread (expired), and it may be unable to say what it held (unaccountable). Those ranges
+are named; the books balance with them only where a retention was declared.
 
 `reconcile` is used by the tests, the command line and the demo alike. It trusts no single number: what was counted
 is compared with what is listed, and the saved digest with the digest of the log.
@@ -28,6 +32,16 @@ class Listed(msgspec.Struct, frozen=True):
     id: str
 
 
+class Passed(msgspec.Struct, frozen=True):
+    """Positions [start, end) that were passed over with a reason, as the store remembers it."""
+
+    start: int
+    end: int
+    kind: str  # expired or unaccountable
+    why: str
+    declared: bool  # the App had declared a retention
+
+
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """All that is known of one unit at one instant."""
 
@@ -47,6 +61,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     on_shelf: frozenset[int]
     in_waiting_room: frozenset[int]
     read: int  # how far a living owner has read; below `position` if there is none
+    passed: Sequence[Passed] = ()
+    forgets: bool = False  # the log lets go of events by its own rules, handled or not
+    declared: bool = False  # the App declares a retention for this topic
 
 
 class Missing(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +74,28 @@ class Missing(msgspec.Struct, frozen=True, kw_only=True):
     partition: int
     position: int
     why: str
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """Accepted events that got no outcome by handling, because the log does not hold them any more."""
+
+    service: str
+    topic: str
+    partition: int
+    start: int
+    end: int
+    kind: str  # expired or unaccountable
+    why: str
+    declared: bool
+
+    @property
+    def tolerated(self) -> bool:
+        """Whether somebody has said that the log may forget such events."""
+        return self.kind == "expired" and self.declared
+
+    def __str__(self) -> str:
+        positions = f"position {self.start}" if self.end == self.start + 1 else f"positions {self.start} to {self.end - 1}"
+        return f"{self.service} {self.topic}/{self.partition}: {positions} {self.kind}: {self.why}"
 
 
 class Book(msgspec.Struct, kw_only=True):
@@ -74,6 +113,7 @@ class Book(msgspec.Struct, kw_only=True):
     removed: int = 0
     abandoned: int = 0
     expired: int = 0
+    unaccountable: int = 0
     unaccounted: int = 0
 
     @property
@@ -93,6 +133,7 @@ class Books(msgspec.Struct, kw_only=True):
     unnamed: int  # unaccounted events of which not even the position is known
     findings: list[str]  # contradictions that are no missing event: the evidence itself was changed
     unaccountable: list[str]  # what cannot be known, and why
+    ranges: list[Range] = msgspec.field(default_factory=list)  # what expired, or cannot be accounted for
 
     @property
     def unaccounted(self) -> int:
@@ -100,17 +141,21 @@ class Books(msgspec.Struct, kw_only=True):
 
     @property
     def balanced(self) -> bool:
-        return self.unaccounted == 0 and not self.findings and not self.unaccountable
+        tolerated = all(found.tolerated for found in self.ranges)
+        return self.unaccounted == 0 and not self.findings and not self.unaccountable and tolerated
 
 
-def reconcile(evidence: Iterable[Evidence], unaccountable: Sequence[str] = ()) -> Books:
-    """Balances the books of all units; `unaccountable` says what no evidence was left of.
+def reconcile(
+    evidence: Iterable[Evidence], unaccountable: Sequence[str] = (), findings: Sequence[str] = ()
+) -> Books:
+    """Balances the books of all units; `unaccountable` says what no evidence was left of, `findings` what was seen to
+    be wrong while the evidence was gathered.
 
     Example:
         >>> reconcile([]).balanced
         True
     """
-    books = Books(services={}, missing=[], unnamed=0, findings=[], unaccountable=list(unaccountable))
+    books = Books(services={}, missing=[], unnamed=0, findings=list(findings), unaccountable=list(unaccountable))
     for e in evidence:
         book = books.services.setdefault(e.service, Book(service=e.service))
         _balance(e, book, books)
@@ -120,9 +165,12 @@ def reconcile(evidence: Iterable[Evidence], unaccountable: Sequence[str] = ()) -
 def _balance(e: Evidence, book: Book, books: Books) -> None:
     where = f"{e.service} {e.topic}/{e.partition}"
     end = max(e.end, max((b for _, b in e.fated), default=e.start), e.position)
-    accepted = end - e.start
+    void = e.counts.get("void", 0)
+    accepted = end - e.start - void
     fated = sum(b - a for a, b in e.fated)
     missing: dict[int, str] = {}
+    passed = _pass_over(e, where, book, books)
+    forgotten = _forget(e, book, books)
 
     # passed over: delivery goes on behind it, and it has no outcome
     for a, b in _gaps(e.fated, e.start, min(e.position, end)):
@@ -131,7 +179,7 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
 
     # the log itself does not hold it any more
     lost = [*e.log_gaps, (max(e.end, e.start), end)]
-    if e.log_start > e.start:
+    if e.log_start > e.start and not e.forgets:
         lost.append((e.start, e.log_start))
     for a, b in lost:
         for position in range(max(a, e.start), b):
@@ -160,17 +208,17 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
 
     # counted against the positions that have an outcome
     counted = sum(e.counts.values())
-    unnamed = fated - counted - len([line for line in e.listed if _in(e.fated, line.position)])
+    unnamed = fated - counted - passed - len([line for line in e.listed if _in(e.fated, line.position)])
     if unnamed < 0:
         books.findings.append(f"{where}: {-unnamed} more outcomes are counted than positions have one")
     if e.log_digest is not None and e.log_digest != e.digest:
         books.findings.append(f"{where}: the events in the log are not those that got an outcome (digests differ)")
 
-    unfated = accepted - fated - sum(1 for p in missing if not _in(e.fated, p))
+    unfated = end - e.start - fated - forgotten - sum(1 for p in missing if not _in(e.fated, p))
     in_flight = 0
     if e.read > e.position:
         below = min(e.read, end)
-        in_flight = sum(b - a for a, b in _gaps(e.fated, e.position, below))
+        in_flight = sum(b - a for a, b in _gaps(e.fated, e.position, below))  # also what expired in somebody's hands
         in_flight -= sum(1 for p in missing if e.position <= p < below and not _in(e.fated, p))
 
     book.accepted += accepted
@@ -179,7 +227,7 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         if name.startswith("skipped:"):
             rule = name.partition(":")[2]
             book.skipped[rule] = book.skipped.get(rule, 0) + count
-        elif name != "done":
+        elif name not in ("done", "void"):
             books.findings.append(f"{where}: an unknown state is counted: {name}")
     for state, count in states.items():
         setattr(book, state, getattr(book, state) + count)
@@ -191,6 +239,45 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         Missing(service=e.service, topic=e.topic, partition=e.partition, position=position, why=why)
         for position, why in sorted(missing.items())
     )
+
+
+def _pass_over(e: Evidence, where: str, book: Book, books: Books) -> int:
+    """The ranges that were passed over with a reason; how many positions they are."""
+    count = 0
+    for p in e.passed:
+        size = p.end - p.start
+        if sum(b - a for a, b in _gaps(e.fated, p.start, p.end)):
+            books.findings.append(f"{where}: positions {p.start} to {p.end - 1} are listed as {p.kind}, but have no outcome")
+            continue
+        count += size
+        if p.kind == "expired":
+            book.expired += size
+        else:
+            book.unaccountable += size
+        books.ranges.append(_range(e, p.start, p.end, p.kind, p.why, p.declared))
+    return count
+
+
+def _forget(e: Evidence, book: Book, books: Books) -> int:
+    """What a log that forgets has let go of while nobody had it in hand, and what no owner has noticed yet."""
+    if not e.forgets or e.log_start <= e.position:
+        return 0
+    count = 0
+    for a, b in _gaps(e.fated, max(e.position, e.read), e.log_start):
+        count += b - a
+        why = "retention removed them before they were handled (not settled yet: no owner has been there)"
+        books.ranges.append(
+            _range(e, a, b, "expired", why if e.declared else f"{why}; the App declares no retention", e.declared)
+        )
+    book.expired += count
+    return count
+
+
+def _range(e: Evidence, start: int, end: int, kind: str, why: str, declared: bool) -> Range:
+    return Range(
+        service=e.service, topic=e.topic, partition=e.partition, start=start, end=end, kind=kind, why=why,
+        declared=declared,
+    )  # fmt: skip
 
 
 def _gaps(runs: Sequence[tuple[int, int]], start: int, end: int) -> Iterable[tuple[int, int]]:

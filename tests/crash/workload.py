@@ -532,7 +532,8 @@ def operating(job: Job, journal: Journal, rng: random.Random, _: Any) -> None:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     (job.folder / "cured").mkdir(exist_ok=True)
-    while not (job.folder / "events.db").exists() and not stopping.is_set():
+    path = job.folder / "events.db"
+    while not (path.exists() and path.stat().st_size) and not stopping.is_set():
         stopping.wait(0.05)
     if stopping.is_set():
         return

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from unlost.brokers.embedded.broker import EmbeddedBroker
+from unlost.brokers.embedded.doctor import EmbeddedDoctor
+from unlost.brokers.findings import Examiner
 from unlost.brokers.port import Broker, Log
 from unlost.config import default_path
 from unlost.errors import UsageError
+from unlost.events.topic import Decoder
 from unlost.sqlite.file import File
 from unlost.world import REAL, World
 
@@ -68,23 +71,49 @@ def kafka(url: str) -> KafkaBroker:
     return KafkaBroker(kafka_settings(url))
 
 
-def kafka_log(url: str) -> Log:
-    """The log behind a `kafka://` URL, for those who look."""
+def kafka_log(url: str, decoders: Mapping[str, Decoder] | None = None) -> Log:
+    """The log behind a `kafka://` URL, for those who look; `decoders` by topic.
+
+    Raises:
+        UsageError: the URL means nothing, or the driver is not installed. Unavailable: nobody answers there.
+    """
     kafka_settings = _driver()
     from unlost.brokers.kafka.log import KafkaLog
 
-    return KafkaLog(kafka_settings(url))
+    return KafkaLog(kafka_settings(url), decoders)
 
 
-def _driver() -> Callable[[str], Settings]:
-    """The driver is an extra: most programs begin without a server."""
+def examiner(url: str) -> Examiner:
+    """Who looks a broker over for `unlost doctor`.
+
+    Raises:
+        UsageError: the URL means nothing, or the driver is not installed.
+    """
+    if not is_kafka(url):
+        return EmbeddedDoctor(embedded_path(url))
+    kafka_settings = _driver(old=True)
+    from unlost.brokers.kafka.doctor import KafkaDoctor
+
+    return KafkaDoctor(kafka_settings(url))
+
+
+def check_kafka(url: str) -> None:
+    """
+    Raises:
+        UsageError: the URL means nothing, or the driver is not installed.
+    """
+    _driver()(url)
+
+
+def _driver(*, old: bool = False) -> Callable[[str], Settings]:
+    """The driver is an extra: most programs begin without a server. `old` lets one pass that is not safe to work with."""
     try:
         import confluent_kafka
     except ImportError as e:
         raise UsageError(
             "UL1148", "kafka:// needs the client of Kafka", found=str(e), fix='pip install "unlost[kafka]"'
         ) from None
-    if int(confluent_kafka.libversion()[1]) < LIBRDKAFKA_MIN:
+    if not old and int(confluent_kafka.libversion()[1]) < LIBRDKAFKA_MIN:
         raise UsageError(
             "UL1149", "this release of the Kafka client has bugs that lose events", found=str(confluent_kafka.version()),
             fix='pip install -U "confluent-kafka>=2.15"',

@@ -17,15 +17,16 @@ The suite `unlost.testing.check_broker` holds every adapter to this.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from unlost.events import Envelope
 from unlost.events.topic import Arrival, Gap, Topic, TopicInfo, Unit
 
+T = TypeVar("T")
 Survives = Literal["process death", "power loss of one machine", "power loss of all machines"]
 SURVIVES_ORDER: tuple[Survives, ...] = (
     "process death",
@@ -104,6 +105,15 @@ class Ack(NamedTuple):
     note: str
 
 
+class Original(NamedTuple):
+    """A message as tools of others know it."""
+
+    topic: str
+    group: str
+    headers: Sequence[tuple[str, bytes | None]]
+    stamped: str = "CreateTime"  # who gave it its time: its producer, or the broker (LogAppendTime)
+
+
 Change = Assigned | Revoked | Lost | Arrivals | Gone
 
 
@@ -134,10 +144,53 @@ class Member(Protocol):
         """Leaves the group. What was not released is taken over by others as after a crash."""
 
 
+Place = tuple[str, int]  # topic, partition
+
+
+class Entry(NamedTuple):
+    """A record of a `Ledger`. `value` None: it was taken back."""
+
+    key: bytes
+    value: bytes | None
+    place: str  # where it stands, for people
+
+
+class Ledger(Protocol):
+    """A place beside the log that keeps the last statement under each key. Blocking calls."""
+
+    @property
+    def name(self) -> str:
+        """What people know it by."""
+
+    def write(self, statements: Mapping[str, bytes]) -> None:
+        """Returns when all are durable."""
+
+    def read(self) -> Sequence[Entry]:
+        """The last entry of each key, as it stands there."""
+
+
 class Log(Protocol):
     """The log as operators look at it: blocking calls, without taking part in anything."""
 
-    def topics(self) -> Sequence[TopicInfo]: ...
+    @property
+    def identity(self) -> str:
+        """As that of the broker."""
+
+    @property
+    def forgets(self) -> bool:
+        """Whether the broker lets go of events by its own rules, handled or not."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs `work`. Where log and store are one file, all its looks at them see one moment."""
+
+    def names(self) -> Sequence[str]:
+        """Of all topics."""
+
+    def topics(self, names: Collection[str] | None = None) -> Sequence[TopicInfo]:
+        """All topics, or those of these names that exist."""
+
+    def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        """The position after the last of each of these partitions, looked up in one go."""
 
     def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
         """Up to `limit` events from `start` on, in order; fewer than `limit` does not mean that there are no more,
@@ -145,6 +198,29 @@ class Log(Protocol):
 
     def at(self, topic: str, partition: int, micros: int) -> int:
         """A position before which no event stands that was recorded at or after this time (microseconds)."""
+
+    def recorded(self, places: Mapping[Place, int]) -> Mapping[Place, int]:
+        """When the first event at or behind each of these positions was recorded, where there is one."""
+
+    def spans(self, topics: Sequence[TopicInfo]) -> Mapping[str, tuple[int, int]]:
+        """When the first and the last event of each of these topics were recorded, where it has any."""
+
+    def holes(self, topic: str, partition: int) -> Sequence[tuple[int, int]]:
+        """Positions between its first and last that should hold an event, and hold none. Empty where a log may have
+        positions without one."""
+
+    def digest(
+        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+    ) -> int | None:
+        """XOR of the event hashes of these runs, where the log can say so without being read; `before` is that of all
+        positions below `start`."""
+
+    def verify(self, limit: int) -> Sequence[str]:
+        """Checks every stored event, where the log can do that better than by reading it; what is wrong, at most so
+        many lines."""
+
+    def ledger(self) -> Ledger | None:
+        """Where the books can be kept beside the log; None: this broker has no such place."""
 
     def wait(self, seconds: float) -> None:
         """Until there may be something new, at most so long."""
@@ -185,9 +261,20 @@ class Broker(Protocol):
         """
 
     async def mirror(
-        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+        self,
+        topic: str,
+        key: bytes | None,
+        data: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]],
+        origin: tuple[str, int],
     ) -> None:
-        """Sends a message as it is, for tools of others that read dead letters. Returns when it is durable."""
+        """Sends a message as it is, for tools of others that read dead letters. Returns when it is durable.
+
+        It goes to the partition of the number that it came from (`origin`), if there is one; a topic that is missing
+        gets as many partitions as that of the origin. Never where `commits_with_store`."""
+
+    def original(self, unit: Unit, arrival: Arrival) -> Original:
+        """What the broker's own tools call the place of an event, and its headers as they came."""
 
     def check(self, envelope: Envelope) -> None:
         """Says at once what this broker would never accept (too large, say).

@@ -87,6 +87,9 @@ class Done:
     """Handled."""
 
 
+DONE = Done()
+
+
 @dataclass(frozen=True)
 class RetryAt:
     """To be tried again at `due` (microseconds since 1970)."""
@@ -121,7 +124,7 @@ def decide(error: BaseException | None, attempt: int, retry: Retry, *, now: int,
     Only a return without an error is success: a cancelled or timed-out handler has failed.
     """
     if error is None:
-        return Done()
+        return DONE
     if isinstance(error, Reject):
         return _dead("rejected", error)
     if isinstance(error, Undecodable):

@@ -15,48 +15,27 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from unlost.delivery.service import Handler
 from unlost.events import Event
 from unlost.events.topic import Arrival, Unit
 from unlost.store.port import Attempt, Taken
 
 
-class Delivery:
+class Delivery(msgspec.Struct, eq=False):
     """One event in the hands of one service."""
 
-    __slots__ = (
-        "arrival",
-        "attempts",
-        "cls",
-        "event_hash",
-        "handler",
-        "lane",
-        "seen",
-        "suspect",
-        "waited",
-    )
-
-    def __init__(
-        self,
-        lane: Lane,
-        arrival: Arrival,
-        handler: Handler,
-        cls: type[Event] | None,
-        event_hash: int,
-        attempts: Sequence[Attempt],
-        *,
-        waited: bool,
-        suspect: bool,
-    ) -> None:
-        self.lane = lane
-        self.arrival = arrival
-        self.handler = handler
-        self.cls = cls  # None: its bytes are no event
-        self.event_hash = event_hash
-        self.attempts = attempts
-        self.waited = waited
-        self.suspect = suspect
-        self.seen: int | None = None  # content of an event of the same id in the inbox
+    lane: Lane
+    arrival: Arrival
+    handler: Handler
+    cls: type[Event] | None  # None: its bytes are no event
+    event_hash: int
+    attempts: Sequence[Attempt]
+    size: int
+    waited: bool
+    suspect: bool
+    seen: int | None = None  # content of an event of the same id in the inbox
 
     @property
     def position(self) -> int:
@@ -115,10 +94,21 @@ class Lane:
         return None if self.stored or not self.queue else self.queue[0]
 
 
+class Plain:
+    """Events of a unit that were handled and have no consequence but that: they wait for their commit together."""
+
+    __slots__ = ("digest", "positions", "size")
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.digest = 0
+        self.size = 0
+
+
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("aside", "attempts", "draining", "epoch", "gone", "in_hand", "lanes", "narrow", "paused", "put", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "fated_end", "gone", "in_hand", "lanes", "narrow", "paused", "plain", "put", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -126,6 +116,8 @@ class Owned:
         self.taken = taken
         self.attempts: dict[int, list[Attempt]] = dict(taken.attempts)
         self.suspects = set(taken.suspects)
+        self.fated_end = max((end for _, end in taken.fated), default=0)
+        self.plain: Plain | None = None
         self.lanes: dict[Any, Lane] = {}  # by key, or by position where there is no key
         self.aside = taken.aside  # in the waiting room and on the shelf
         self.in_hand = 0  # received and not yet durable

@@ -24,8 +24,13 @@ class Outage:
         self._service = service
         self._deaths: dict[str, int] = {}
 
+    @property
+    def suspected(self) -> bool:
+        """Whether any handler has had a death since its last success."""
+        return bool(self._deaths)
+
     def lasts(self, handler: str) -> bool:
-        return self._deaths.get(handler, 0) >= DEATHS_IN_A_ROW
+        return bool(self._deaths) and self._deaths.get(handler, 0) >= DEATHS_IN_A_ROW
 
     def judge(self, handler: str, fate: Fate, now: int) -> Fate:
         """The fate in the light of what happened to the others. `now` in microseconds."""
@@ -49,7 +54,7 @@ class Outage:
     def succeeded(self, handler: str) -> bool:
         """True if an outage ends with this."""
         over = self.lasts(handler)
-        self._deaths[handler] = 0
+        self._deaths.pop(handler, None)
         if over:
             log.warning("%s: %s works again", self._service, handler)
         return over

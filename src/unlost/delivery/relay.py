@@ -78,8 +78,6 @@ class Relay:
     async def _send(self, rows: Sequence[Unsent]) -> list[int]:
         """The numbers of those that the broker has confirmed."""
         try:
-            if any(row.raw is not None for row in rows):
-                return await self._send_one_by_one(rows)
             await self._broker.publish([row.envelope for row in rows])
         except PartlyPublished as e:
             return [
@@ -97,19 +95,8 @@ class Relay:
     async def _send_one_by_one(self, rows: Sequence[Unsent]) -> list[int]:
         sent: list[int] = []
         for row in rows:
-            if _lane(row) in self._held:
-                continue
-            if row.raw is None:
+            if _lane(row) not in self._held:
                 sent += await self._send([row])
-                continue
-            try:
-                await self._broker.mirror(row.envelope.topic, row.envelope.key, row.envelope.data, row.raw)
-            except (Unavailable, OutcomeUnknown):
-                raise
-            except UnlostError as e:
-                self._failed(row, None, e)
-            else:
-                sent.append(row.number)
         return sent
 
     def _failed(self, row: Unsent, receipt: object, error: UnlostError) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from unlost.delivery.lanes import Owned
+from unlost.delivery.lanes import Owned, Plain
 from unlost.errors import Unavailable
 from unlost.events.topic import Gap
 from unlost.store.port import Outcome, Settlement, Store
@@ -27,7 +27,7 @@ class Settler:
     def __init__(
         self,
         store: Store,
-        durable: Callable[[Owned, Outcome | Gap], None],
+        durable: Callable[[Owned, Outcome | Gap | Plain], None],
         fenced: Callable[[Owned], None],
     ) -> None:
         self._store = store
@@ -37,20 +37,38 @@ class Settler:
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
+        self._plain: list[Owned] = []  # with events that were handled and have no other consequence
+        self._waiting = 0  # outcomes that wait for their commit
         self._put = 0
         self._settled = 0
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
     def full(self) -> bool:
-        return len(self._pending) >= BUFFER_MAX
+        return self._waiting >= BUFFER_MAX
 
     def put(self, owned: Owned, outcome: Outcome | Gap) -> int:
         """Takes an outcome, or positions that hold no event; the number is for `flush`."""
         self._pending.append((owned, outcome))
+        return self._count()
+
+    def done(self, owned: Owned, position: int, event_hash: int, size: int) -> int:
+        """The same for an event that was handled and has no other consequence: the common case, at little cost."""
+        plain = owned.plain
+        if plain is None:
+            plain = owned.plain = Plain()
+            self._plain.append(owned)
+        plain.positions.append(position)
+        plain.digest ^= event_hash
+        plain.size += size
+        return self._count()
+
+    def _count(self) -> int:
+        if not self._waiting:
+            self._work.set()
+        self._waiting += 1
         self._put += 1
-        self._work.set()
-        if self.full:
+        if self._waiting >= BUFFER_MAX:
             self._room.clear()
         return self._put
 
@@ -72,20 +90,27 @@ class Settler:
             await self._work.wait()
             self._work.clear()
             batch, self._pending = self._pending, []
+            plain_owners, self._plain = self._plain, []
+            count, self._waiting = self._waiting, 0
             self._room.set()
-            by_unit: dict[int, tuple[Owned, list[Outcome | Gap]]] = {}
+            by_unit: dict[int, tuple[Owned, list[Outcome | Gap], Plain | None]] = {}
+            for owned in plain_owners:
+                by_unit[id(owned)] = (owned, [], owned.plain)
+                owned.plain = None
             for owned, outcome in batch:
-                by_unit.setdefault(id(owned), (owned, []))[1].append(outcome)
-            live = [(owned, outcomes) for owned, outcomes in by_unit.values() if not owned.gone]
+                by_unit.setdefault(id(owned), (owned, [], None))[1].append(outcome)
+            live = [entry for entry in by_unit.values() if not entry[0].gone]
             if live:
-                fenced = set(await self._commit([_settlement(o, outcomes) for o, outcomes in live]))
-                for owned, outcomes in live:
+                fenced = set(await self._commit([_settlement(*entry) for entry in live]))
+                for owned, outcomes, plain in live:
                     if owned.unit in fenced:
                         self._fenced(owned)
                         continue
+                    if plain is not None:
+                        self._durable(owned, plain)
                     for outcome in outcomes:
                         self._durable(owned, outcome)
-            self._settled += len(batch)
+            self._settled += count
             self._wake()
 
     async def _commit(self, settlements: list[Settlement]) -> list[object]:
@@ -104,8 +129,11 @@ class Settler:
                 future.set_result(None)
 
 
-def _settlement(owned: Owned, settled: Sequence[Outcome | Gap]) -> Settlement:
-    outcomes = [o for o in settled if isinstance(o, Outcome)]
-    if len(outcomes) == len(settled):
-        return Settlement(owned.unit, owned.epoch, outcomes)
-    return Settlement(owned.unit, owned.epoch, outcomes, [g for g in settled if isinstance(g, Gap)])
+def _settlement(owned: Owned, settled: Sequence[Outcome | Gap], plain: Plain | None) -> Settlement:
+    return Settlement(
+        owned.unit, owned.epoch,
+        [o for o in settled if isinstance(o, Outcome)],
+        [g for g in settled if isinstance(g, Gap)],
+        plain.positions if plain is not None else (),
+        plain.digest if plain is not None else 0,
+    )  # fmt: skip

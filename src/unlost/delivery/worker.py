@@ -14,10 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+import msgspec
+
 from unlost.brokers.port import Ack, Arrivals, Assigned, Broker, Gone, Lost, Member, Revoked, Saved
 from unlost.delivery import note
 from unlost.delivery.context import AlreadyHandled, Context
 from unlost.delivery.fate import (
+    DONE,
     Dead,
     Done,
     Fate,
@@ -29,13 +32,13 @@ from unlost.delivery.fate import (
     describe,
     spent,
 )  # fmt: skip
-from unlost.delivery.lanes import Delivery, Lane, Owned
+from unlost.delivery.lanes import Delivery, Lane, Owned, Plain
 from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.delivery.suspicion import Suspicion
 from unlost.errors import Damaged, Fenced, Unavailable, Undecodable, UnlostError, UsageError
-from unlost.events import Envelope, content_hash, event_hash
+from unlost.events import Envelope, Event, content_hash, event_hash, key_of, try_decode
 from unlost.events.topic import Arrival, Gap, Unit
 from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Taken, Waiting
 from unlost.world import REAL, World
@@ -49,6 +52,7 @@ ASIDE_MAX = 100_000  # events of one unit in the waiting room and on the shelf
 SHORT_WAIT_SECONDS = 5.0  # a retry that waits longer is kept in the store, so that the position moves on
 SLEEPING_MAX = 256  # keys of one unit that wait in memory
 RUNNERS_MAX = 1024
+ROUTES_MAX = 10_000  # types of events; whoever makes them up gets no memory
 RECENT_MAX = 50_000  # more than a process can have in hand: what is older is in the inbox when it is asked
 LOAD_MAX = 64  # rows of the waiting room in one read
 REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
@@ -90,11 +94,13 @@ class Worker:
         self._broker = broker
         self._store = store
         self._settler = Settler(store, self._on_durable, self._on_fenced)
+        self._keyless: set[tuple[str, str]] = set()  # topics and types whose events came without their key
         self._ready: deque[Lane] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
         self._running: dict[int, _Running] = {}
         self._active: dict[str, int] = dict.fromkeys((h.name for h in service.handlers.values()), 0)
         self._held: dict[str, deque[Lane]] = {name: deque() for name in self._active}
+        self._routes: dict[str | None, tuple[Handler | None, type[Event] | None]] = {}
         self._timers: list[tuple[int, int, Lane]] = []
         self._timer_set = asyncio.Event()
         self._timer_count = 0
@@ -121,20 +127,29 @@ class Worker:
         Dying on any line of it leaves the event unsettled in the log (or in the waiting room), to be delivered
         again; only the store's commit in `settle` (or in the handler's own transaction) ends it.
         """
-        self._reach("received", d)
+        if self.probe is not None:
+            self.probe("received", d)
         handler, ctx = d.handler, None
-        fate: Fate | None = Skip("no handler") if handler is self._none else spent(d.attempts, handler.retry)
+        fate: Fate | None = None
+        if d.waited and handler is self._none:
+            fate = Skip("no handler")
+        elif d.arrival.rule:  # by a decoder that was another one when the event came
+            fate = Skip(d.arrival.rule)
+        elif d.attempts:
+            fate = spent(d.attempts, handler.retry)
         error: BaseException | None = None
         if fate is None:
             try:
                 event = self._decode(d)
                 fate = self._turned_away(d, event)
                 if fate is None:
-                    ctx = self._context(d)
+                    if handler.takes_context:
+                        ctx = self._context(d)
                     error = await self._handle(d, event, ctx, run)
             except (Exception, SystemExit, GeneratorExit) as e:
                 error = e
-        self._reach("handled", d)
+        if self.probe is not None:
+            self.probe("handled", d)
         if ctx is not None and ctx.transaction_used is not None and ctx.transaction_used.finished:
             failed = await ctx.transaction_used.settled()
             if failed is None:
@@ -146,7 +161,9 @@ class Worker:
         if isinstance(error, Fenced):
             self._on_fenced(d.lane.owned)
             return
-        if fate is None:
+        if fate is None and error is None and not self._outage.suspected:
+            fate = DONE  # what `decide` says of no error
+        elif fate is None:
             fate = decide(
                 error,
                 len(d.attempts) + 1,
@@ -155,12 +172,24 @@ class Worker:
                 chance=self.world.random.random(),
             )
             fate = self._outage.judge(handler.name, fate, self.world.steady())
-        self._settle(d, fate, error, ctx)
+        if fate is DONE and ctx is None and not (d.waited or d.attempts) and handler.guarantee == "at-least-once":
+            self._take_from_lane(d)  # nothing follows from it: many such events are settled as one
+            owned = d.lane.owned
+            owned.put = self._settler.done(owned, d.arrival.position, d.event_hash, d.size)
+        else:
+            self._settle(d, fate, error, ctx)
 
     def _decode(self, d: Delivery) -> Any:
-        envelope = d.arrival.envelope
-        if envelope is None or d.cls is None:
+        if d.cls is None:
             raise Undecodable("UL5010", d.arrival.problem or "these bytes are no event")
+        arrival = d.arrival
+        if arrival.simple:
+            event = try_decode(arrival.data, d.cls)
+            if event is not None:
+                return event
+        envelope = arrival.envelope
+        if envelope is None:
+            raise Undecodable("UL5010", arrival.problem or "these bytes are no event")
         return self.service.catalog.decode(envelope, d.cls)
 
     def _turned_away(self, d: Delivery, event: Any) -> Fate | None:
@@ -192,12 +221,13 @@ class Worker:
             unit=_DeliveryUnit(self, d),
         )
 
-    async def _handle(self, d: Delivery, event: Any, ctx: Context, run: _Running) -> BaseException | None:
+    async def _handle(self, d: Delivery, event: Any, ctx: Context | None, run: _Running) -> BaseException | None:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
         run.begin(d, self.world.monotonic(), alone=self._suspicion.count > 0)
-        self._reach("started", d)
+        if self.probe is not None:
+            self.probe("started", d)
         error: BaseException | None = None
         try:
             if handler.is_async:
@@ -213,13 +243,15 @@ class Worker:
         if run.cancelled:
             await run.shake_off()
         if run.given_up and error is not None:
-            ctx.close("the service stops")
+            if ctx is not None:
+                ctx.close("the service stops")
             raise asyncio.CancelledError  # whatever it made of our cancellation is no attempt
-        if late and ctx.waits_for_file:
+        if late and ctx is not None and ctx.waits_for_file:
             error = Unavailable("UL2011", "the deadline passed while the file could not be written", found=str(d))
         elif late:
             error = HandlerTimeout(f"no result within its deadline of {handler.deadline:g} s")
-        ctx.close("its handler has ended" if error is None else f"its attempt failed: {describe(error)}")
+        if ctx is not None:
+            ctx.close("its handler has ended" if error is None else f"its attempt failed: {describe(error)}")
         return error
 
     async def _in_thread(self, handler: Handler, args: tuple[Any, ...]) -> None:
@@ -435,34 +467,72 @@ class Worker:
         if owned is None or owned.gone or owned.draining:
             return
         self._store.received(owned.taken, arrivals.events[-1].position + 1)
-        fated, handlers = owned.taken.fated, self.service.handlers
+        fated, fated_end = owned.taken.fated, owned.fated_end
         seen = self._seen(arrivals.events)
         for arrival in arrivals.events:
-            if arrival.position in fated:
+            position = arrival.position
+            if position < fated_end and position in fated:
                 continue
+            size = arrival.size
             owned.in_hand += 1
-            owned.size += arrival.size
-            envelope = arrival.envelope
-            digest = 0 if envelope is None else event_hash(envelope.source, envelope.id)
-            handler = self._undecodable if envelope is None else handlers.get(envelope.type)
+            owned.size += size
+            if arrival.type is not None:
+                type, digest = arrival.type, arrival.hash
+            elif (envelope := arrival.known) is not None:
+                type, digest = envelope.type, event_hash(envelope.source, envelope.id)
+            else:
+                type, digest = None, 0
+            handler, cls = self._routes.get(type) or self._route(type)
             if handler is None or arrival.rule:
                 rule = arrival.rule or "no handler"
                 self._settler.put(owned, Outcome(arrival=arrival, state="skipped", rule=rule, event_hash=digest))
                 continue
-            cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
-            lane = owned.lane(arrival.key, arrival.position)
-            suspect = arrival.position in owned.suspects
-            delivery = Delivery(
-                lane, arrival, handler, cls, digest, owned.attempts.pop(arrival.position, []),
-                waited=False, suspect=suspect,
-            )  # fmt: skip
-            _mark_seen(delivery, seen)
+            if arrival.key is None and cls is not None and cls.__unlost__.key is not None:
+                arrival = self._with_key(owned.unit, arrival, cls)
+            lane = owned.lanes.get(arrival.key) if arrival.key is not None else None
+            if lane is None:
+                lane = owned.lane(arrival.key, position)
+            attempts = owned.attempts.pop(position, ()) if owned.attempts else ()
+            suspect = bool(owned.suspects) and position in owned.suspects
+            delivery = Delivery(lane, arrival, handler, cls, digest, attempts, size, False, suspect)
+            if seen:
+                _mark_seen(delivery, seen)
             if lane.blocked:
                 self._park(delivery)
             else:
                 lane.queue.append(delivery)
-                self._start(lane)
+                if not (lane.ready or lane.running or lane.sleeping):
+                    lane.ready = True
+                    self._ready.append(lane)
         self._throttle(owned)
+        self.wake()
+
+    def _route(self, type: str | None) -> tuple[Handler | None, type[Event] | None]:
+        """Who handles events of this type, and as what; remembered. None stands for bytes that are no event."""
+        if type is None:
+            found: tuple[Handler | None, Any] = (self._undecodable, None)
+        else:
+            found = (self.service.handlers.get(type), self.service.catalog.resolve(type))
+        if len(self._routes) < ROUTES_MAX:
+            self._routes[type] = found
+        return found
+
+    def _with_key(self, unit: Unit, arrival: Arrival, cls: type[Event]) -> Arrival:
+        """An event that came without the key that its class declares takes its place by the key in its data."""
+        envelope = arrival.envelope
+        assert envelope is not None
+        if (unit.topic, envelope.type) not in self._keyless:
+            self._keyless.add((unit.topic, envelope.type))
+            log.warning(
+                "UL1134: %s:%d, a %s, came without its key, so its producer may have put events of one key into several "
+                "partitions: their order is not promised. Have the producer send %r as the message's key",
+                unit, arrival.position, envelope.type, cls.__unlost__.key,
+            )  # fmt: skip
+        try:
+            key = key_of(self.service.catalog.decode(envelope, cls))
+        except UnlostError:
+            return arrival  # its delivery will say what is wrong with it
+        return msgspec.structs.replace(arrival, key=key, known=msgspec.structs.replace(envelope, key=key))
 
     def _take_gap(self, gone: Gone) -> None:
         owned = self.owned.get(gone.unit)
@@ -577,13 +647,15 @@ class Worker:
         """The next lane to run. While events are suspected of killing their process, one at a time, those first."""
         if self._stopping or not self._ready:
             return None
-        lane = self._ready[0]
         if self._suspicion.count:
-            suspect = self._suspect()
-            if self._suspicion.busy() or (suspect is None and self._suspicion.elsewhere(self)):
+            lane = self._suspect()
+            if self._suspicion.busy() or (lane is None and self._suspicion.elsewhere(self)):
                 return None
-            lane = suspect or lane
-        self._ready.remove(lane)
+            if lane is not None:
+                self._ready.remove(lane)
+                lane.ready = False
+                return lane
+        lane = self._ready.popleft()
         lane.ready = False
         return lane
 
@@ -656,9 +728,8 @@ class Worker:
         handler = self._undecodable if envelope is None else self.service.handlers.get(envelope.type, self._none)
         cls = None if envelope is None else self.service.catalog.resolve(envelope.type)
         return Delivery(
-            lane, arrival, handler, cls, 0, list(row.attempts),
-            waited=True, suspect=arrival.position in owned.suspects,
-        )  # fmt: skip
+            lane, arrival, handler, cls, 0, list(row.attempts), arrival.size, True, arrival.position in owned.suspects
+        )
 
     def _take_from_lane(self, d: Delivery) -> None:
         (d.lane.loaded if d.waited else d.lane.queue).popleft()
@@ -678,9 +749,18 @@ class Worker:
 
     # --- after settling ----------------------------------------------------------------------------------
 
-    def _on_durable(self, owned: Owned, outcome: Outcome | Gap) -> None:
+    def _on_durable(self, owned: Owned, outcome: Outcome | Gap | Plain) -> None:
         owned.unacked = True
         if isinstance(outcome, Gap):
+            return
+        if isinstance(outcome, Plain):
+            if owned.suspects:
+                cleared = owned.suspects.intersection(outcome.positions)
+                owned.suspects -= cleared
+                self._suspicion.change(-len(cleared))
+            owned.in_hand -= len(outcome.positions)
+            owned.size -= outcome.size
+            self._throttle(owned)
             return
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
             owned.suspects.discard(outcome.arrival.position)

@@ -14,7 +14,7 @@ import msgspec
 
 from unlost import App, OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.audit import Books
-from unlost.brokers.embedded.broker import partition_range
+from unlost.brokers.embedded.log import partition_range
 from unlost.demo.folder import broker_path, prepare
 from unlost.demo.orders import Order, as_they_came, read_orders
 from unlost.demo.processes import SERVICES, Processes

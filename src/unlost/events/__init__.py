@@ -13,6 +13,7 @@ from unlost.events.codec import (
     to_headers,
     to_json,
 )
+from unlost.events.data import try_decode
 from unlost.events.envelope import (
     Envelope,
     check_publishable,
@@ -65,4 +66,5 @@ __all__ = [
     "sensitive_fields",
     "to_headers",
     "to_json",
+    "try_decode",
 ]

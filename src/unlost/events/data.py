@@ -107,6 +107,20 @@ def decode_data(envelope: Envelope, cls: type[E]) -> E:
     )
 
 
+def try_decode(data: bytes | None, cls: type[E]) -> E | None:
+    """The event in plain JSON data; None where `decode_data` has to say what is wrong.
+
+    >>> try_decode(b"no JSON", Event) is None
+    True
+    """
+    try:
+        return (_decoders.get(cls) or decoder_of(cls)).decode(data)  # type: ignore[arg-type,no-any-return]
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+
+
 def is_json(content_type: str | None) -> bool:
     """Whether data of this content type are JSON; none said counts as JSON."""
     if content_type is None:

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from unlost.events.codec import encode_head
+from unlost.events.codec import encode_head, read_peeked
 from unlost.events.envelope import Envelope
 from unlost.events.model import Event
+from unlost.world import rfc3339
 
 
 class Foreign(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +61,7 @@ class TopicInfo(msgspec.Struct, frozen=True, kw_only=True):
     ranges: Sequence[tuple[int, int]]  # per partition: first position, position after the last
     retention: float | None = None
     replication: int = 1
+    min_insync: int = 1
     survives: str = ""  # what an event accepted on this topic survives; empty: what the broker says
 
 
@@ -80,29 +82,47 @@ class Gap(msgspec.Struct, frozen=True):
     - `void`: no event was ever there (a marker of a transaction);
     - `expired`: the broker's retention removed them unread;
     - `unaccountable`: nobody can say what was there (compaction, a damaged log).
+
+    `declared`: the App has declared a retention for the topic, so that an expired event is no loss that nobody wanted.
     """
 
     start: int
     end: int
     kind: Literal["void", "expired", "unaccountable"]
     why: str = ""
+    declared: bool = False
 
 
-class Arrival(msgspec.Struct, frozen=True, gc=False):
+class Arrival(msgspec.Struct, gc=False):
     """An event as it was received. `envelope` is None when its bytes are no event; `problem` says why.
 
-    `head` is how its attributes are stored beside `data`; None: as `encode_head` writes the envelope. `rule` is the
-    declared rule by which it is nobody's business (`skipped`).
+    - `head` is how its attributes are stored beside `data`; None: as `encode_head` writes the envelope.
+    - `rule` is the declared rule by which it is nobody's business (`skipped`).
+    - `headers`, with `topic`, `type`, `hash` and `simple`: what `codec.peek` has vouched for. Most handlers never ask for the
+      envelope, so it is made when somebody does.
     """
 
     position: int
-    envelope: Envelope | None
+    known: Envelope | None
     recorded: int
     head: bytes | None
     key: bytes | None
     data: bytes | None
     problem: str = ""
     rule: str = ""
+    headers: Sequence[tuple[str, bytes | None]] | None = None
+    topic: str = ""
+    type: str | None = None
+    hash: int = 0
+    simple: bool = False  # version 1, and JSON
+
+    @property
+    def envelope(self) -> Envelope | None:
+        if self.known is None and self.headers is not None:
+            self.known = read_peeked(
+                self.headers, self.data, topic=self.topic, key=self.key, recordedtime=rfc3339(self.recorded)
+            )
+        return self.known
 
     @property
     def size(self) -> int:
@@ -113,4 +133,5 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
         """The attributes in the form in which they are kept."""
         if self.head is not None:
             return self.head
-        return b"" if self.envelope is None else encode_head(self.envelope)
+        envelope = self.envelope
+        return b"" if envelope is None else encode_head(envelope)

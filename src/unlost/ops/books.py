@@ -1,24 +1,25 @@
-"""The audit of the embedded broker: gathers the evidence in one snapshot and balances it."""
+"""The audit: gathers the evidence, from the store and from the log, and balances it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import xor
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 import apsw
 import msgspec
 
-from unlost.audit import Books, Evidence, Listed, Missing, reconcile
-from unlost.errors import UsageError
-from unlost.events import decode_head, event_hash
+from unlost.audit import Books, Evidence, Listed, Missing, Passed, reconcile
+from unlost.brokers.embedded.log import EmbeddedLog
+from unlost.brokers.port import Log, Place
+from unlost.errors import Damaged, UsageError
+from unlost.events import event_hash
+from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import Remains, examine, service_hash
-from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
-from unlost.sqlite.transaction import LogRow
 from unlost.store.progress import Runs
 
 NAMED_MAX = 1000
+READ_MAX = 500  # events in one look at the log
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,62 +38,112 @@ class Named(msgspec.Struct, frozen=True, kw_only=True):
     last_seen: str
 
 
-def books(file: File, services: Sequence[str] | None = None) -> Books:
-    """Balances the books of every service of this broker (or of those named). Exact; reads the log's index once.
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store knows of a unit."""
+
+    unit: Unit
+    topic_id: str
+    partitions: int  # on which the service has positions
+    start: int
+    start_digest: int
+    position: int
+    fated: Sequence[tuple[int, int]]
+    counts: dict[str, int]
+    digest: int
+    listed: Sequence[Listed]
+    on_shelf: frozenset[int]
+    in_waiting_room: frozenset[int]
+    read: int
+    passed: Sequence[Passed]
+    declared: bool  # the App declares a retention for the topic
+
+
+def books(file: File, services: Sequence[str] | None = None, *, log: Log | None = None) -> Books:
+    """Balances the books of every service of this store (or of those named). `log` is that of its broker; without it
+    the log is in the same file.
 
     Raises:
         UsageError: a service of that name has never run here.
     """
+    return examine_all(file, services, log=log).books
 
-    def work(c: apsw.Connection) -> Books:
-        known = {row[0] for row in c.execute("select name from unlost_service")}
+
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """The books, and what became of reading the log again, where that was asked for."""
+
+    books: Books
+    compared: int = 0  # units whose events were read again and compared with the saved digest
+    unverified: Sequence[str] = ()  # units of which that cannot be done, and why
+
+
+def examine_all(
+    file: File, services: Sequence[str] | None = None, *, log: Log | None = None, read_again: bool = False
+) -> Examined:
+    """The same; `read_again` reads what every unit has handled once more, where the log has no digest of its own."""
+    log = log or EmbeddedLog(file)
+
+    def work() -> Examined:
+        known = file.read(lambda c: {row[0] for row in c.execute("select name from unlost_service")})
         for name in services or ():
             if name not in known:
                 raise UsageError(
                     "UL1331", f"no service {name!r} has run on this broker", found=", ".join(sorted(known)) or "none"
                 )
-        evidence, traces = gather(file, c), vanished(c)
+        found, traces = file.read(lambda c: (stored(file, c), vanished(c)))
         if services:
-            evidence = [e for e in evidence if e.service in services]
+            found = [s for s in found if s.unit.service in services]
             traces = [(name, text) for name, text in traces if name in services]
-        return reconcile(evidence, [text for _, text in traces])
+        infos = {t.name: t for t in log.topics({s.unit.topic for s in found})}  # after the store: the log is never behind it
+        again = _Again(log, found, infos) if read_again else None
+        digests = {} if again is None else again.digests
+        evidence = [_evidence(s, infos.get(s.unit.topic), log, digests) for s in found]
+        balanced = reconcile(evidence, [text for _, text in traces], list(_changed(found, infos)))
+        return Examined(
+            books=balanced, compared=len(digests), unverified=[] if again is None else again.unverified
+        )
 
-    return file.read(work)
+    return log.together(work)
 
 
-def name_missing(file: File, missing: Sequence[Missing], limit: int = NAMED_MAX) -> list[Named]:
-    """Looks up the first missing events: their ids, and in whose hands they were last."""
-    return file.read(lambda c: [_name(c, m) for m in missing[:limit]])
+def gather(file: File, log: Log | None = None) -> list[Evidence]:
+    """All that is known of each unit."""
+    log = log or EmbeddedLog(file)
+
+    def work() -> list[Evidence]:
+        found = file.read(lambda c: stored(file, c))
+        infos = {t.name: t for t in log.topics({s.unit.topic for s in found})}
+        return [_evidence(s, infos.get(s.unit.topic), log, {}) for s in found]
+
+    return log.together(work)
 
 
-def gather(file: File, c: apsw.Connection) -> list[Evidence]:
+def stored(file: File, c: apsw.Connection) -> list[Stored]:
+    """The store's side of every unit, from one snapshot."""
     numbers: dict[str, int] = dict(c.execute("select name, first_number from unlost_topic").fetchall())
+    retained = {
+        name: set(msgspec.json.decode(policy).get("retained", ()))
+        for name, policy in c.execute("select name, policy from unlost_service")
+    }
     remains: dict[str, Remains] = {}
     found = []
     rows = c.execute(
-        "select service, topic, partition, start, start_digest, owner, position, fated, counts, digest from unlost_progress "
-        "order by service, topic, partition"
+        "select service, topic, partition, topic_id, start, start_digest, owner, position, fated, counts, digest, "
+        "count(*) over (partition by service, topic) from unlost_progress order by service, topic, partition"
     ).fetchall()
-    logs: dict[int, tuple[int, int, list[tuple[int, int]]]] = {}
-    for service, topic, partition, start, start_digest, owner, position, fated, counts, digest in rows:
-        number = numbers[topic] + partition
-        if number not in logs:
-            logs[number] = _log_range(c, number)
-        log_start, end, gaps = logs[number]
-        runs = list(Runs.decode(fated))
+    for service, topic, partition, id, start, start_digest, owner, position, fated, counts, digest, partitions in rows:
         if owner is not None and owner not in remains:
             remains[owner] = (
                 examine(file.run_folder, owner) if owner != file.process_id else Remains(True, False, {}, {})
             )
         read = 0
-        if owner is not None and remains[owner].alive:
-            read = remains[owner].read.get((service_hash(service), number), 0)
-        unit = (service, topic, partition)
+        if owner is not None and remains[owner].alive and topic in numbers:
+            read = remains[owner].read.get((service_hash(service), numbers[topic] + partition), 0)
+        unit = Unit(service, topic, partition)
         found.append(
-            Evidence(
-                service=service, topic=topic, partition=partition, start=start, log_start=log_start, end=end,
-                log_gaps=gaps, position=position, fated=runs, counts=msgspec.json.decode(counts), digest=digest,
-                log_digest=_digest(c, number, start, start_digest, runs),
+            Stored(
+                unit=unit, topic_id=id, partitions=partitions, start=start, start_digest=start_digest,
+                position=position, fated=list(Runs.decode(fated)),
+                counts=msgspec.json.decode(counts, type=dict[str, int]), digest=digest,
                 listed=[
                     Listed(*row)
                     for row in c.execute(
@@ -104,16 +155,118 @@ def gather(file: File, c: apsw.Connection) -> list[Evidence]:
                 on_shelf=_positions(c, "unlost_shelf", unit),
                 in_waiting_room=_positions(c, "unlost_waiting", unit),
                 read=read,
+                passed=[
+                    Passed(a, b, kind, why, bool(declared))
+                    for a, b, kind, why, declared in c.execute(
+                        'select start, "end", kind, why, declared from unlost_gap '
+                        "where service = ? and topic = ? and partition = ? order by start",
+                        unit,
+                    )
+                ],
+                declared=topic in retained.get(service, ()),
             )
         )  # fmt: skip
     return found
+
+
+def _evidence(s: Stored, info: TopicInfo | None, log: Log, digests: Mapping[Unit, int]) -> Evidence:
+    service, topic, partition = s.unit
+    if info is not None and _is_same(s, info):
+        log_start, end = info.ranges[partition]
+        gaps = log.holes(topic, partition)
+        digest = log.digest(topic, partition, s.start, s.start_digest, s.fated)
+    else:  # said as a finding; what the store knows by itself is still counted
+        log_start, end, gaps, digest = s.start, s.position, (), None
+    return Evidence(
+        service=service, topic=topic, partition=partition, start=s.start, log_start=log_start, end=end, log_gaps=gaps,
+        position=s.position, fated=s.fated, counts=s.counts, digest=s.digest, log_digest=digests.get(s.unit, digest), listed=s.listed,
+        on_shelf=s.on_shelf, in_waiting_room=s.in_waiting_room, read=s.read, passed=s.passed, forgets=log.forgets,
+        declared=s.declared,
+    )  # fmt: skip
+
+
+def _changed(found: Iterable[Stored], infos: Mapping[str, TopicInfo]) -> Iterable[str]:
+    """Topics that are not (any more) what the services have their positions on."""
+    for service, topic, id, partitions in dict.fromkeys(
+        (s.unit.service, s.unit.topic, s.topic_id, s.partitions) for s in found
+    ):
+        info = infos.get(topic)
+        if info is None:
+            yield f"{service} {topic}: the broker has no such topic any more"
+        elif info.id != id:
+            yield (
+                f"{service} {topic}: the topic was deleted and made again (its id is {info.id}, the positions are of {id}); "
+                "what was accepted since then is not counted here"
+            )
+        elif info.partitions != partitions:
+            yield (
+                f"{service} {topic}: the topic has {info.partitions} partitions, the service has positions on {partitions}; "
+                "nobody reads the others"
+            )
+
+
+class _Again:
+    """Reads what was handled once more: the XOR of its event hashes, per unit. Each partition is read once."""
+
+    def __init__(self, log: Log, found: Sequence[Stored], infos: Mapping[str, TopicInfo]) -> None:
+        self.digests: dict[Unit, int] = {}
+        self.unverified: list[str] = []
+        places: dict[Place, list[Stored]] = defaultdict(list)
+        for s in found:
+            info = infos.get(s.unit.topic)
+            if not _is_same(s, info):
+                self.unverified.append(f"{s.unit}: the topic is not the one that its positions are of")
+            elif s.fated and info is not None and info.ranges[s.unit.partition][0] > s.start:
+                self.unverified.append(
+                    f"{s.unit}: its books begin at position {s.start}, the log holds no event before "
+                    f"{info.ranges[s.unit.partition][0]}"
+                )
+            else:
+                places[s.unit.topic, s.unit.partition].append(s)
+        for place, readers in places.items():
+            self._read(log, place, readers)
+
+    def _read(self, log: Log, place: Place, readers: Sequence[Stored]) -> None:
+        digests, foreign = [0] * len(readers), 0
+        counted = [(Runs(s.fated), Runs((p.start, p.end) for p in s.passed)) for s in readers]
+        at = min(s.start for s in readers)
+        end = max((s.fated[-1][1] for s in readers if s.fated), default=at)
+        while at < end:
+            arrivals = log.read(*place, at, READ_MAX)
+            if not arrivals:
+                break
+            for a in arrivals:
+                e = a.envelope
+                if e is None:
+                    foreign += 1
+                    continue
+                hash = event_hash(e.source, e.id)
+                for n, (fated, passed) in enumerate(counted):
+                    if a.position in fated and a.position not in passed:
+                        digests[n] ^= hash
+            at = arrivals[-1].position + 1
+        for s, digest in zip(readers, digests, strict=True):
+            if foreign and digest != s.digest:
+                self.unverified.append(
+                    f"{s.unit}: {foreign} of its messages are no CloudEvents, and how its App reads them is not known "
+                    "here; name it with --app"
+                )
+            else:
+                self.digests[s.unit] = digest
+
+
+def _is_same(s: Stored, info: TopicInfo | None) -> bool:
+    """Whether this is the topic that the unit's positions are of."""
+    return info is not None and info.id == s.topic_id and s.unit.partition < info.partitions
 
 
 def vanished(c: apsw.Connection) -> list[tuple[str, str]]:
     """Units and services of which there are traces, but no saved progress: what became of their events?"""
     traces = " union ".join(
         f"select service, topic, partition from {table}"
-        for table in ("unlost_assignment", "unlost_epoch", "unlost_ledger", "unlost_waiting", "unlost_shelf")
+        for table in (
+            "unlost_assignment", "unlost_epoch", "unlost_ledger", "unlost_waiting", "unlost_shelf", "unlost_gap",
+        )
     )
     units = c.execute(
         f"select service, topic, partition from ({traces}) except select service, topic, partition from unlost_progress "
@@ -134,116 +287,81 @@ def _positions(c: apsw.Connection, table: str, unit: tuple[str, str, int]) -> fr
     return frozenset(row[0] for row in rows)
 
 
-def _log_range(c: apsw.Connection, number: int) -> tuple[int, int, list[tuple[int, int]]]:
-    """First position, the position after the last, and what is missing between."""
-    low = number << POSITION_BITS
-    first, last, count = c.execute(
-        "select min(at), max(at), count(*) from unlost_log where at between ? and ?", (low, low | POSITION_MAX)
-    ).fetchone()
-    if first is None:
-        return 0, 0, []
-    gaps: list[tuple[int, int]] = []
-    if count != last - first + 1:
-        rows = c.execute(
-            "select before + 1, at from (select at, lag(at) over (order by at) as before from unlost_log "
-            "where at between ? and ?) where at > before + 1",
-            (low, low | POSITION_MAX),
-        )
-        gaps = [(a - low, b - low) for a, b in rows]
-    return first - low, last - low + 1, gaps
+# --- names for what is missing -----------------------------------------------------------------------------
 
 
-def _digest(
-    c: apsw.Connection, number: int, start: int, start_digest: int, runs: Sequence[tuple[int, int]]
-) -> int | None:
-    """XOR of the event hashes of these positions: each row holds that of all rows up to it, so two per run suffice."""
-    low = number << POSITION_BITS
+def name_missing(
+    file: File, missing: Sequence[Missing], limit: int = NAMED_MAX, *, log: Log | None = None
+) -> list[Named]:
+    """Looks up the first missing events: their ids, and in whose hands they were last."""
+    log = log or EmbeddedLog(file)
 
-    def upto(position: int) -> int | None:
-        if position == start:
-            return start_digest
-        row = c.execute("select digest from unlost_log where at = ?", (low | (position - 1),)).fetchone()
-        if row is not None:
-            return int(row[0])
-        row = c.execute("select digest, head from unlost_log where at = ?", (low | position,)).fetchone()
-        if row is None:
-            return None
-        e = decode_head(
-            row[1], topic="", key=None, data=None
-        )  # the row before was trimmed: take this one out of its own
-        return int(row[0]) ^ event_hash(e.source, e.id)
+    def work() -> list[Named]:
+        there = _look_up(log, missing[:limit])
+        return [_name(m, there.get((m.topic, m.partition, m.position)), _last_seen(file, m)) for m in missing[:limit]]
 
-    parts = []
-    for a, b in runs:
-        before, after = upto(a), upto(b)
-        if before is None or after is None:
-            return None  # missing from the log: then the gap is reported as such
-        parts.append(before ^ after)
-    return reduce(xor, parts, 0)
+    return log.together(work)
 
 
-def _name(c: apsw.Connection, m: Missing) -> Named:
-    number = c.execute("select first_number from unlost_topic where name = ?", (m.topic,)).fetchone()[0] + m.partition
-    row = c.execute(
-        "select head, key, recorded from unlost_log where at = ?", (number << POSITION_BITS | m.position,)
-    ).fetchone()
-    envelope = None
-    if row is not None:
-        try:
-            envelope = decode_head(row[0], topic=m.topic, key=row[1], data=None)
-        except Exception:
-            envelope = None
-    epoch = c.execute(
-        "select epoch, pid, taken from unlost_epoch where service = ? and topic = ? and partition = ? and position <= ? "
-        "order by epoch desc limit 1",
-        (m.service, m.topic, m.partition, m.position),
-    ).fetchone()
+def _look_up(log: Log, missing: Sequence[Missing]) -> dict[tuple[str, int, int], Arrival]:
+    """The events at these places, as far as the log holds them."""
+    wanted: dict[Place, list[int]] = defaultdict(list)
+    for m in missing:
+        wanted[m.topic, m.partition].append(m.position)
+    ranges = {t.name: t.ranges for t in log.topics({topic for topic, _ in wanted})}
+    found: dict[tuple[str, int, int], Arrival] = {}
+    for (topic, partition), positions in wanted.items():
+        if partition >= len(ranges.get(topic, ())):
+            continue
+        start, end = ranges[topic][partition]
+        for first, last in _runs(positions):
+            at, until = max(first, start), min(last, end)
+            while at < until:
+                try:
+                    arrivals = log.read(topic, partition, at, min(READ_MAX, until - at))
+                except Damaged:
+                    arrivals = []  # what can be read of the others still helps
+                if not arrivals:
+                    at += 1
+                    continue
+                for a in arrivals:
+                    found[topic, partition, a.position] = a
+                at = arrivals[-1].position + 1
+    return found
+
+
+def _runs(positions: Iterable[int]) -> Runs:
+    runs = Runs()
+    for position in positions:
+        runs.add(position)
+    return runs
+
+
+def _last_seen(file: File, m: Missing) -> str:
+    epoch = file.read(
+        lambda c: c.execute(
+            "select epoch, pid, taken from unlost_epoch where service = ? and topic = ? and partition = ? "
+            "and position <= ? order by epoch desc limit 1",
+            (m.service, m.topic, m.partition, m.position),
+        ).fetchone()
+    )
     if epoch is None:
-        seen = "in the log; no process of the service has had this partition"
-    else:
-        seen = f"in the hands of {m.service} (pid {epoch[1]}, epoch {epoch[0]})"
-    key = row[1] if row is not None else None
+        return "in the log; no process of the service has had this partition"
+    return f"in the hands of {m.service} (pid {epoch[1]}, epoch {epoch[0]})"
+
+
+def _name(m: Missing, arrival: Arrival | None, last_seen: str) -> Named:
+    envelope = None if arrival is None else arrival.envelope
+    key = None if arrival is None else arrival.key
     return Named(
         service=m.service, topic=m.topic, partition=m.partition, position=m.position, why=m.why,
         id=envelope.id if envelope else None, type=envelope.type if envelope else None,
         key=None if key is None else key.decode("utf-8", "backslashreplace"),
-        source=envelope.source if envelope else None, recorded=row[2] if row is not None else None, last_seen=seen,
+        source=envelope.source if envelope else None, recorded=None if arrival is None else arrival.recorded,
+        last_seen=last_seen,
     )  # fmt: skip
 
 
-def verify(file: File, limit: int = 100) -> list[str]:
-    """Reads every event of the log and checks its checksum and its place in the chain of digests."""
-    problems: list[str] = []
-
-    def work(c: apsw.Connection) -> None:
-        topics = c.execute("select name, first_number, partitions from unlost_topic").fetchall()
-        for name, first, partitions in topics:
-            for number in range(first, first + partitions):
-                _verify_partition(c, name, number - first, number, problems, limit)
-
-    file.read(work)
-    return problems
-
-
-def _verify_partition(
-    c: apsw.Connection, topic: str, partition: int, number: int, problems: list[str], limit: int
-) -> None:
-    low, before = number << POSITION_BITS, None
-    for raw in c.execute(
-        "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at",
-        (low, low | POSITION_MAX),
-    ):
-        row = LogRow(*raw)
-        if len(problems) >= limit:
-            return
-        where = f"{topic}/{partition}:{row.position}"
-        if not row.intact():
-            problems.append(f"{where} does not match its checksum")
-        elif before is not None and row.position == before.position + 1:
-            try:
-                e = decode_head(row.head, topic=topic, key=row.key, data=None)
-            except Exception:
-                e = None
-            if e is not None and before.digest ^ event_hash(e.source, e.id) != row.digest:
-                problems.append(f"{where} does not continue the digests before it")
-        before = row
+def verify(file: File, limit: int = 100, *, log: Log | None = None) -> list[str]:
+    """What is wrong with the stored events, where the log keeps checksums that can be checked."""
+    return list((log or EmbeddedLog(file)).verify(limit))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import apsw
 import msgspec
 
-from unlost.brokers.embedded.broker import partition_range
+from unlost.brokers.embedded.log import partition_range
 from unlost.sqlite.file import File
 from unlost.sqlite.process import Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS

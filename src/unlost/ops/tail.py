@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import heapq
-import select
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from itertools import islice
 
-import apsw
-
-from unlost.brokers.embedded.broker import partition_range
-from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.port import Log, Place
 from unlost.config import duration
 from unlost.errors import UsageError
 from unlost.events import partition_of
 from unlost.events.topic import Arrival
-from unlost.sqlite.file import File
 from unlost.world import REAL
 
 BATCH = 256
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 0.5  # how often a follower looks for topics that are new
+OWN = "unlost."  # topics of this name are books and not events
 _YEAR_1 = -62_135_596_800_000_000  # microseconds: the calendar of Python begins there
 
-Place = tuple[str, int]  # topic, partition
 Seen = tuple[Place, Arrival]
 
 
@@ -36,20 +31,21 @@ class Tail:
         Damaged: an event does not match its checksum, or positions are missing.
     """
 
-    def __init__(self, file: File, *, type: str | None = None, key: str | None = None) -> None:
-        self._file = file
+    def __init__(self, log: Log, *, type: str | None = None, key: str | None = None) -> None:
+        self._log = log
         self._type = type
         self._key = None if key is None else key.encode()
-        self._numbers: dict[Place, int] = {}
+        self._first: dict[Place, int] = {}
         self._next: dict[Place, int] = {}
         self._known: set[str] = set()
+        self._looked = REAL.monotonic()
         self.stopped: Callable[[], bool] = lambda: False
-        self._look()
+        self._look(first_time=True)
 
     def last(self, count: int) -> list[Seen]:
         """The newest `count` that match, oldest first."""
         found: list[Seen] = []
-        for place in self._numbers:
+        for place in self._next:
             found += [(place, arrival) for arrival in self._backwards(place, count)]
         found.sort(key=_time)
         return found[-count:] if count else []
@@ -58,80 +54,68 @@ class Tail:
         """Those recorded at or after this time."""
 
         def one(place: Place) -> Iterator[Seen]:
-            for arrival in self._forwards(place, 0, self._next[place]):
+            start = 0 if micros <= 0 else self._log.at(*place, micros)
+            for arrival in self._forwards(place, start, self._next[place]):
                 if arrival.recorded >= micros:
                     yield place, arrival
 
-        yield from heapq.merge(*(one(place) for place in self._numbers), key=_time)
+        yield from heapq.merge(*(one(place) for place in self._next), key=_time)
 
     def follow(self) -> Iterator[Seen]:
         """Those that come from now on, until the caller stops asking (or `stopped` says so)."""
         while not self.stopped():
-            self._look()
+            if REAL.monotonic() - self._looked >= LOOK_SECONDS:
+                self._look()
             fresh: list[Seen] = []
-            for place in self._numbers:
-                arrivals = list(islice(self._read(place, self._next[place], BATCH), BATCH))
-                if arrivals:
-                    self._next[place] = arrivals[-1].position + 1
-                    fresh += [(place, a) for a in arrivals if self._matches(a)]
+            for place, end in self._log.ends(self._next).items():
+                if self._next[place] < end:
+                    fresh += [(place, a) for a in self._fresh(place, end) if self._matches(a)]
             fresh.sort(key=_time)
             yield from fresh
             if not fresh:
-                self._wait()
+                self._log.wait(POLL_SECONDS)
 
-    def _wait(self) -> None:
-        """Until the doorbell rings; without one, a moment."""
-        bell = self._file.bell.socket
-        select.select([bell] if bell is not None else [], [], [], POLL_SECONDS)
-        self._file.bell.drain()
+    def _fresh(self, place: Place, end: int) -> list[Arrival]:
+        arrivals = list(self._log.read(*place, self._next[place], BATCH))
+        self._next[place] = arrivals[-1].position + 1 if arrivals else end  # the rest were positions without an event
+        return arrivals
 
-    def _look(self) -> None:
+    def _look(self, *, first_time: bool = False) -> None:
         """Topics and where their partitions end; of topics that came later everything is new."""
-        first_time = not self._known
-
-        def work(c: apsw.Connection) -> None:
-            for topic, first, partitions in c.execute("select name, first_number, partitions from unlost_topic"):
-                if topic in self._known:
-                    continue
-                self._known.add(topic)
-                wanted = range(partitions) if self._key is None else [partition_of(self._key, partitions)]
-                for partition in wanted:
-                    self._numbers[topic, partition] = first + partition
-                    self._next[topic, partition] = partition_range(c, first + partition)[1] if first_time else 0
-
-        self._file.read(work)
+        self._looked = REAL.monotonic()
+        new = [name for name in self._log.names() if name not in self._known and not name.startswith(OWN)]
+        for topic in self._log.topics(new) if new else ():
+            self._known.add(topic.name)
+            wanted = range(topic.partitions) if self._key is None else [partition_of(self._key, topic.partitions)]
+            for partition in wanted:
+                start, end = topic.ranges[partition]
+                self._first[topic.name, partition] = start
+                self._next[topic.name, partition] = end if first_time else start
 
     def _forwards(self, place: Place, start: int, end: int) -> Iterator[Arrival]:
-        number = self._numbers[place]
-        at = max(start, self._file.read(lambda c: partition_range(c, number)[0]))
+        at = max(start, self._first[place])
         while at < end:
-            arrivals = self._read(place, at, min(BATCH, end - at))
+            arrivals = self._log.read(*place, at, min(BATCH, end - at))
             if not arrivals:
                 return
             at = arrivals[-1].position + 1
-            yield from (a for a in arrivals if self._matches(a))
+            yield from (a for a in arrivals if a.position < end and self._matches(a))
 
     def _backwards(self, place: Place, count: int) -> list[Arrival]:
-        number, end = self._numbers[place], self._next[place]
-        start = self._file.read(lambda c: partition_range(c, number)[0])
+        end, start = self._next[place], self._first[place]
         found: list[Arrival] = []
         while end > start and len(found) < count:
             at = max(start, end - BATCH)
             batch: list[Arrival] = []
             while at < end:  # a read may be cut short by its size
-                part = self._read(place, at, end - at)
+                part = self._log.read(*place, at, end - at)
                 if not part:
                     break
-                batch += part
+                batch += [a for a in part if a.position < end]
                 at = part[-1].position + 1
             found = [a for a in batch if self._matches(a)] + found
             end = max(start, end - BATCH)
         return found[-count:] if count else []
-
-    def _read(self, place: Place, start: int, limit: int) -> Sequence[Arrival]:
-        topic, partition = place
-        number = self._numbers[place]
-        return self._file.read(lambda c: read_partition(self._file.path, c, topic, partition, number, start, limit))
 
     def _matches(self, a: Arrival) -> bool:
         if self._key is not None and a.key != self._key:

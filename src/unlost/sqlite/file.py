@@ -252,9 +252,12 @@ class File:
         self._submit(block)
 
     def read(self, work: Callable[[apsw.Connection], T]) -> T:
-        """Runs `work` on a consistent snapshot. Keep it short: a long reader keeps the WAL from shrinking."""
+        """Runs `work` on a consistent snapshot; a read inside of a read sees the same one. Keep it short: a long reader
+        keeps the WAL from shrinking."""
         self._check_usable()
         with self._read_lock, guards.explained(self.path):
+            if self._reader.in_transaction:
+                return work(self._reader)
             self._reader.execute("begin")
             try:
                 return work(self._reader)

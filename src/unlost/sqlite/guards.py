@@ -26,7 +26,7 @@ DARWIN = sys.platform == "darwin"
 SQLITE_MIN = (3, 51, 3)  # older ones can lose committed pages when the WAL is reset
 TAIL_ROWS_CHECKED = 16
 QUICK_CHECK_BYTES_MAX = 32 * 1024 * 1024
-_NETWORK = (
+NETWORK = (
     "nfs",
     "cifs",
     "smb",
@@ -70,7 +70,7 @@ def check_place(path: Path) -> Path:
     if str(path) in inherited:
         raise after_fork()
     kind = file_system(path.parent)
-    if kind.startswith(_NETWORK):
+    if kind.startswith(NETWORK):
         raise UsageError(
             "UL1121", f"{path} is on a network file system, where SQLite's locks and shared memory do not work",
             found=kind, fix="put the file on a local disk (UNLOST_BROKER=embedded:///path/events.db)",

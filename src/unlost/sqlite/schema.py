@@ -151,6 +151,7 @@ create table unlost_gap (
     service text not null, topic text not null, partition integer not null,
     start integer not null, "end" integer not null,
     kind text not null check (kind in ('expired', 'unaccountable')), why text not null, since integer not null,
+    declared integer not null default 0,    -- 1: a retention was declared, so an expired event is no surprise
     primary key (service, topic, partition, start)
 ) without rowid;
 
@@ -158,9 +159,10 @@ create table unlost_gap (
 create table unlost_outbox (
     number integer primary key autoincrement,
     topic text not null, key blob, head blob not null, data blob,
-    raw text,                               -- JSON: not an event, but a message with these headers (a mirrored dead letter)
+    raw text,                               -- JSON: not an event, but a mirrored dead letter: its origin and headers
     added integer not null
 );
+create index unlost_outbox_raw on unlost_outbox (number) where raw is not null;
 
 -- which process empties the outbox: one row
 create table unlost_relay (process text);

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from base64 import b64decode, b64encode
 from collections.abc import Sequence
 
 import apsw
@@ -17,10 +16,19 @@ from unlost.events import Envelope, decode_head, encode_head
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import Unsent
+from unlost.store.port import Mirrored, Unsent
 
 POLL_SECONDS = 0.2
-_raw = msgspec.json.Decoder(list[tuple[str, str | None]]).decode
+
+
+class _Raw(msgspec.Struct, frozen=True):
+    """What the column `raw` says."""
+
+    origin: tuple[str, int]
+    headers: Sequence[tuple[str, bytes | None]]
+
+
+_raw = msgspec.json.Decoder(_Raw).decode
 
 
 def put(tx: Transaction, envelopes: Sequence[Envelope]) -> None:
@@ -34,15 +42,13 @@ def put(tx: Transaction, envelopes: Sequence[Envelope]) -> None:
         )
 
 
-def put_raw(
-    tx: Transaction, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
-) -> None:
-    """Puts a message that is no event of its own (a mirrored dead letter), in this commit."""
+def put_raw(tx: Transaction, m: Mirrored) -> None:
+    """Puts the copy of a dead letter, in this commit."""
     tx.news = True
-    raw = [(name, None if value is None else b64encode(value).decode()) for name, value in headers]
+    raw = msgspec.json.encode(_Raw(m.origin, m.headers)).decode()
     tx.execute(
         "insert into unlost_outbox (topic, key, head, data, raw, added) values (?, ?, ?, ?, ?, ?)",
-        (topic, key, b"", data, msgspec.json.encode(raw).decode(), tx.world.now()),
+        (m.topic, m.key, b"", m.data, raw, tx.world.now()),
     )
 
 
@@ -88,12 +94,26 @@ class SqliteOutbox:
     async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
         def work(c: apsw.Connection) -> list[Unsent]:
             rows = c.execute(
-                "select number, topic, key, head, data, raw from unlost_outbox where number > ? order by number limit ?",
+                "select number, topic, key, head, data from unlost_outbox "
+                "where number > ? and raw is null order by number limit ?",
                 (after, limit),
             )
-            return [_unsent(*row) for row in rows]
+            return [
+                Unsent(number=number, envelope=decode_head(head, topic=topic, key=key, data=data))
+                for number, topic, key, head, data in rows
+            ]
 
         return self._file.read(work)
+
+    async def mirrors(self, after: int, limit: int) -> Sequence[Mirrored]:
+        rows = self._file.read(
+            lambda c: c.execute(
+                "select number, topic, key, data, raw from unlost_outbox "
+                "where raw is not null and number > ? order by number limit ?",
+                (after, limit),
+            ).fetchall()
+        )
+        return [_mirrored(*row) for row in rows]
 
     async def sent(self, numbers: Sequence[int]) -> None:
         def work(tx: Transaction) -> None:
@@ -118,11 +138,6 @@ class SqliteOutbox:
         return remains.alive and not remains.hung
 
 
-def _unsent(number: int, topic: str, key: bytes | None, head: bytes, data: bytes | None, raw: str | None) -> Unsent:
-    if raw is None:
-        return Unsent(number=number, envelope=decode_head(head, topic=topic, key=key, data=data))
-    headers = [(name, None if value is None else b64decode(value)) for name, value in _raw(raw)]
-    return Unsent(
-        number=number, raw=headers,
-        envelope=Envelope(id=f"mirror-{number}", source="", type="", time="", topic=topic, key=key, data=data),
-    )  # fmt: skip
+def _mirrored(number: int, topic: str, key: bytes | None, data: bytes | None, raw: str) -> Mirrored:
+    found = _raw(raw)
+    return Mirrored(number=number, topic=topic, origin=found.origin, key=key, data=data, headers=found.headers)

@@ -87,6 +87,8 @@ class Settlement(msgspec.Struct, frozen=True):
     epoch: int
     outcomes: Sequence[Outcome]
     gaps: Sequence[Gap] = ()
+    done: Sequence[int] = ()  # positions of events that were handled, and have no other consequence
+    done_digest: int = 0  # the XOR of their hashes
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +108,17 @@ class Unsent(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int
     envelope: Envelope
-    raw: Sequence[tuple[str, bytes | None]] | None = None  # headers of a message that is no event of its own
+
+
+class Mirrored(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy of a dead letter, for a topic that tools of others read."""
+
+    number: int = 0  # in the outbox
+    topic: str
+    origin: tuple[str, int]  # topic and partition that it came from
+    key: bytes | None
+    data: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
 
 
 class Waiting(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,7 +280,10 @@ class Outbox(Protocol):
         """Whether this process is the one that sends: it is, if nobody else alive has claimed it."""
 
     async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
-        """The oldest of those with a number above `after`."""
+        """The oldest events with a number above `after`."""
+
+    async def mirrors(self, after: int, limit: int) -> Sequence[Mirrored]:
+        """The oldest copies of dead letters with a number above `after`."""
 
     async def sent(self, numbers: Sequence[int]) -> None:
         """The broker's receipts for these are in hand."""

@@ -78,6 +78,34 @@ class Runs:
         self._starts, self._ends = [a for a, _ in runs], [b for _, b in runs]
         return sum(b - a for a, b in missing)
 
+    def add_many(self, positions: list[int]) -> int:
+        """Adds positions in any order, in one pass; returns how many were not in yet."""
+        if not positions:
+            return 0
+        positions.sort()
+        fresh: list[list[int]] = []
+        last = -2
+        for position in positions:
+            if position == last + 1:
+                fresh[-1][1] = position + 1
+            elif position != last:
+                fresh.append([position, position + 1])
+            last = position
+        if len(fresh) == 1 and self._starts and self._ends[-1] == fresh[0][0]:  # the next ones, in order
+            self._ends[-1] = fresh[0][1]
+            return fresh[0][1] - fresh[0][0]
+        before = len(self)
+        starts: list[int] = []
+        ends: list[int] = []
+        for start, end in sorted([*([a, b] for a, b in self), *fresh]):
+            if ends and start <= ends[-1]:
+                ends[-1] = max(ends[-1], end)
+            else:
+                starts.append(start)
+                ends.append(end)
+        self._starts, self._ends = starts, ends
+        return len(self) - before
+
     def first_gap(self, start: int) -> int:
         """The first position at or above `start` that is not in."""
         i = bisect_right(self._starts, start) - 1
@@ -145,6 +173,16 @@ class Progress:
         self.digest ^= event_hash
         if counted_as is not None:
             self.count(counted_as, 1)
+        self.position = self.fated.first_gap(self.position)
+
+    def settle_done(self, positions: list[int], digest: int) -> None:
+        """Many events that were handled, with the XOR of their hashes."""
+        invariant(
+            min(positions) >= self.position and self.fated.add_many(positions) == len(positions),
+            f"of {len(positions)} positions from {min(positions)} on, one has an outcome already",
+        )
+        self.digest ^= digest
+        self.count("done", len(positions))
         self.position = self.fated.first_gap(self.position)
 
     def pass_over(self, start: int, end: int) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block
 from unlost.store import outbox, port
-from unlost.store.port import Attempt, Death, Inbox, Outcome, Request, Settlement, Snapshot, Taken, Waiting
+from unlost.store.port import Attempt, Death, Inbox, Mirrored, Outcome, Request, Settlement, Snapshot, Taken, Waiting
 from unlost.store.progress import Progress, Runs
 from unlost.world import rfc3339
 
@@ -34,17 +34,20 @@ _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 EPOCHS_KEPT = 1000  # of one unit; older owners are forgotten
 
 Publish = Callable[[Transaction, Sequence[Envelope]], object]
+Mirror = Callable[[Unit, Outcome], Mirrored | None]
 
 
 class SqliteStore:
     """A store in one SQLite file. `publish` puts a handler's events where its broker takes them from, in the
     same commit: with the embedded broker that is the log itself."""
 
-    def __init__(self, file: File, publish: Publish, *, broker: str = "") -> None:
-        """`broker` is the identity of a broker that keeps its log elsewhere; empty: the log is in this file."""
+    def __init__(self, file: File, publish: Publish, *, broker: str = "", mirror: Mirror | None = None) -> None:
+        """`broker` is the identity of a broker that keeps its log elsewhere; empty: the log is in this file.
+        `mirror` makes the copy of a dead letter that goes to a topic as well."""
         self.file = file
         self._publish = publish
         self._elsewhere = broker
+        self._mirror = mirror
 
     @property
     def id(self) -> str:
@@ -126,6 +129,8 @@ class SqliteStore:
         attempts: dict[int, Sequence[Attempt] | None] = {}
         for outcome in settlement.outcomes:
             self._settle_one(tx, unit, progress, outcome, attempts)
+        if settlement.done:
+            progress.settle_done(list(settlement.done), settlement.done_digest)
         for gap in settlement.gaps:
             _pass_over(tx, unit, progress, gap)
         _save(tx, unit, progress, attempts)
@@ -153,6 +158,9 @@ class SqliteStore:
             self._publish(tx, o.publishes)
         if o.state == "dead":
             _shelve(tx, unit, o)
+            copy = self._mirror(unit, o) if self._mirror is not None else None
+            if copy is not None:
+                outbox.put_raw(tx, copy)
         elif o.state in ("retrying", "parked"):
             _wait(tx, unit, o)
         listed = o.state in ("dead", "retrying", "parked")
@@ -377,8 +385,8 @@ def _pass_over(tx: Transaction, unit: Unit, progress: Progress, gap: Gap) -> Non
             progress.count("void", end - start)
         else:
             tx.execute(
-                "insert into unlost_gap values (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*unit, start, end, gap.kind, gap.why, tx.world.now()),
+                "insert into unlost_gap values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*unit, start, end, gap.kind, gap.why, tx.world.now(), gap.declared),
             )
 
 
@@ -678,9 +686,9 @@ def carry_out(tx: Transaction, request: Request, epoch: int) -> port.CarriedOut:
     return "key still parked" if behind else "key is free"
 
 
-def store_beside(file: File, *, log_here: bool, broker: str) -> SqliteStore:
+def store_beside(file: File, *, log_here: bool, broker: str, mirror: Mirror | None = None) -> SqliteStore:
     """The store of a broker: events that handlers publish go into the log, if that is in the same file, else into
     the outbox."""
     if log_here:
         return SqliteStore(file, Transaction.append)
-    return SqliteStore(file, outbox.put, broker=broker)
+    return SqliteStore(file, outbox.put, broker=broker, mirror=mirror)

@@ -6,6 +6,7 @@ service: counted, listed one by one, or part of a named gap.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     digest: int
 
 
+@functools.lru_cache(4)
 def admin(bootstrap: str) -> AdminClient:
     return AdminClient({"bootstrap.servers": bootstrap, "log_level": 0, "reconnect.backoff.max.ms": 200})
 
@@ -185,6 +187,7 @@ class _reading:
         self._connection.set_busy_timeout(5000)
 
     def __enter__(self) -> apsw.Connection:
+        self._connection.execute("begin")  # one snapshot
         return self._connection
 
     def __exit__(self, *_: object) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import apsw
 from checker import Contract, check
 from evidence import Effect, Journal, read
 from kafka_books import Unit, balance, committed, positions
@@ -153,7 +154,10 @@ class Stage:
         ]
 
     def effects(self) -> list[Effect]:
-        return list(effects(self.folder, self.store.name)) if self.store.exists() else []
+        try:
+            return list(effects(self.folder, self.store.name)) if self.store.exists() else []
+        except apsw.SQLError:  # no process has got so far as to make the table
+            return []
 
     def positions(self) -> dict[Unit, int]:
         return positions(self.store)

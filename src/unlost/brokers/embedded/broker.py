@@ -14,16 +14,15 @@ from typing import Any
 import apsw
 
 from unlost.brokers.embedded.group import EmbeddedMember
-from unlost.brokers.embedded.log import read_partition
+from unlost.brokers.embedded.log import SURVIVES, read_partition, read_topics
 from unlost.brokers.embedded.publisher import Publisher
 from unlost.brokers.embedded.trim import trim
-from unlost.brokers.port import Abilities, Receipt
+from unlost.brokers.port import Abilities, Original, Receipt
 from unlost.config import duration
 from unlost.errors import UsageError
 from unlost.events import MAX_EVENT_BYTES, Envelope, check_name
-from unlost.events.topic import Arrival, Topic, TopicInfo
+from unlost.events.topic import Arrival, Topic, TopicInfo, Unit
 from unlost.sqlite.file import File
-from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
 
 PARTITIONS_MAX = 1024
@@ -32,7 +31,7 @@ PARTITIONS_MAX = 1024
 class EmbeddedBroker:
     abilities = Abilities(
         name="embedded",
-        survives="power loss of one machine",
+        survives=SURVIVES,
         ordered=True,
         replayable=True,
         delayed=False,
@@ -95,9 +94,17 @@ class EmbeddedBroker:
         return f"embedded {self.file.store_id}"
 
     async def mirror(
-        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+        self,
+        topic: str,
+        key: bytes | None,
+        data: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]],
+        origin: tuple[str, int],
     ) -> None:
         raise NotImplementedError("the shelf of the embedded broker is its own mirror")
+
+    def original(self, unit: Unit, arrival: Arrival) -> Original:
+        return Original(unit.topic, unit.service, ())
 
     def check(self, envelope: Envelope) -> None:
         """Whatever `seal` makes can be stored."""
@@ -121,32 +128,6 @@ class EmbeddedBroker:
             )
 
         return self.file.read(work)
-
-
-def read_topics(connection: apsw.Connection) -> list[TopicInfo]:
-    found = []
-    rows = connection.execute(
-        "select name, id, first_number, partitions, retention from unlost_topic order by name"
-    ).fetchall()
-    for name, id, first, partitions, retention in rows:
-        ranges = [partition_range(connection, number) for number in range(first, first + partitions)]
-        found.append(TopicInfo(name=name, id=id, partitions=partitions, ranges=ranges, retention=retention))
-    return found
-
-
-def partition_range(connection: apsw.Connection, number: int) -> tuple[int, int]:
-    """First position and the position after the last."""
-    low = number << POSITION_BITS
-    first = connection.execute(
-        "select at from unlost_log where at between ? and ? order by at limit 1", (low, low | POSITION_MAX)
-    ).fetchone()
-    if first is None:
-        return 0, 0
-    last = connection.execute(
-        "select at from unlost_log where at between ? and ? order by at desc limit 1",
-        (low, low | POSITION_MAX),
-    ).fetchone()
-    return first[0] - low, last[0] - low + 1
 
 
 def _declare(tx: Transaction, wanted: Sequence[tuple[str, int, Any]]) -> None:

@@ -2,18 +2,158 @@
 
 from __future__ import annotations
 
+import select
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
+from operator import xor
 from pathlib import Path
+from typing import TypeVar
 
 import apsw
 
+from unlost.brokers.port import Ledger, Place, Survives
 from unlost.errors import Damaged
-from unlost.events import decode_head
-from unlost.events.topic import Arrival
+from unlost.events import decode_head, event_hash
+from unlost.events.topic import Arrival, TopicInfo
+from unlost.sqlite.file import File
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
-from unlost.sqlite.transaction import row_crc
+from unlost.sqlite.transaction import LogRow, row_crc
 from unlost.world import rfc3339
 
+T = TypeVar("T")
 READ_BYTES_MAX = 8 * 1024 * 1024
+SURVIVES: Survives = "power loss of one machine"
+
+
+class EmbeddedLog:
+    """The log of a file as operators look at it (`Log`). Nothing is checked but by `read` and `verify`."""
+
+    forgets = False  # trimming never passes an event without an outcome
+
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    @property
+    def identity(self) -> str:
+        return f"embedded {self._file.store_id}"
+
+    def together(self, work: Callable[[], T]) -> T:
+        return self._file.read(lambda _: work())
+
+    def names(self) -> Sequence[str]:
+        return self._file.read(lambda c: [name for (name,) in c.execute("select name from unlost_topic order by name")])
+
+    def topics(self, names: Collection[str] | None = None) -> Sequence[TopicInfo]:
+        found = self._file.read(read_topics)
+        return found if names is None else [info for info in found if info.name in names]
+
+    def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        def work(c: apsw.Connection) -> dict[Place, int]:
+            numbers = _numbers(c)
+            return {place: partition_range(c, n)[1] for place in places if (n := numbers(place)) is not None}
+
+        return self._file.read(work)
+
+    def read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
+        def work(c: apsw.Connection) -> list[Arrival]:
+            number = _numbers(c)((topic, partition))
+            if number is None:
+                return []
+            first = max(start, partition_range(c, number)[0])
+            return read_partition(self._file.path, c, topic, partition, number, first, limit)
+
+        return self._file.read(work)
+
+    def at(self, topic: str, partition: int, micros: int) -> int:
+        """Reads the times of the partition's rows: the log has no index of them, and a clock may have been set back."""
+
+        def work(c: apsw.Connection) -> int:
+            number = _numbers(c)((topic, partition))
+            if number is None:
+                return 0
+            low = number << POSITION_BITS
+            row = c.execute(
+                "select at from unlost_log where at between ? and ? and recorded >= ? order by at limit 1",
+                (low, low | POSITION_MAX, micros),
+            ).fetchone()
+            return partition_range(c, number)[1] if row is None else int(row[0]) - low
+
+        return self._file.read(work)
+
+    def recorded(self, places: Mapping[Place, int]) -> Mapping[Place, int]:
+        def work(c: apsw.Connection) -> dict[Place, int]:
+            numbers = _numbers(c)
+            found = {}
+            for place, position in places.items():
+                number = numbers(place)
+                time = None if number is None else _recorded(c, number, position)
+                if time is not None:
+                    found[place] = time
+            return found
+
+        return self._file.read(work)
+
+    def spans(self, topics: Sequence[TopicInfo]) -> Mapping[str, tuple[int, int]]:
+        def work(c: apsw.Connection) -> dict[str, tuple[int, int]]:
+            numbers = _numbers(c)
+            found = {}
+            for t in topics:
+                times = [
+                    time
+                    for partition, (start, end) in enumerate(t.ranges)
+                    for position in (start, end - 1)
+                    if end > start
+                    and (number := numbers((t.name, partition))) is not None
+                    and (time := _recorded(c, number, position)) is not None
+                ]
+                if times:
+                    found[t.name] = (min(times), max(times))
+            return found
+
+        return self._file.read(work)
+
+    def holes(self, topic: str, partition: int) -> Sequence[tuple[int, int]]:
+        def work(c: apsw.Connection) -> list[tuple[int, int]]:
+            number = _numbers(c)((topic, partition))
+            return [] if number is None else _holes(c, number)
+
+        return self._file.read(work)
+
+    def digest(
+        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+    ) -> int | None:
+        """Each row holds the XOR of all rows up to it, so two look-ups per run suffice."""
+
+        def work(c: apsw.Connection) -> int | None:
+            number = _numbers(c)((topic, partition))
+            return None if number is None else _digest(c, number, start, before, runs)
+
+        return self._file.read(work)
+
+    def verify(self, limit: int) -> Sequence[str]:
+        """Each row's checksum, and its place in the chain of digests."""
+        problems: list[str] = []
+
+        def work(c: apsw.Connection) -> None:
+            topics = c.execute("select name, first_number, partitions from unlost_topic").fetchall()
+            for name, first, partitions in topics:
+                for number in range(first, first + partitions):
+                    _verify_partition(c, name, number - first, number, problems, limit)
+
+        self._file.read(work)
+        return problems
+
+    def ledger(self) -> Ledger | None:
+        return None
+
+    def wait(self, seconds: float) -> None:
+        """Until the doorbell rings; without one, the whole time."""
+        bell = self._file.bell.socket
+        select.select([bell] if bell is not None else [], [], [], seconds)
+        self._file.bell.drain()
+
+    def close(self) -> None:
+        """The file is its owner's to close."""
 
 
 def read_partition(
@@ -59,3 +199,117 @@ def read_partition(
     finally:
         rows.close()  # a traceback would keep it open, and with it an old snapshot of the file
     return found
+
+
+def read_topics(connection: apsw.Connection) -> list[TopicInfo]:
+    found = []
+    rows = connection.execute(
+        "select name, id, first_number, partitions, retention from unlost_topic order by name"
+    ).fetchall()
+    for name, id, first, partitions, retention in rows:
+        ranges = [partition_range(connection, number) for number in range(first, first + partitions)]
+        found.append(
+            TopicInfo(name=name, id=id, partitions=partitions, ranges=ranges, retention=retention, survives=SURVIVES)
+        )
+    return found
+
+
+def partition_range(connection: apsw.Connection, number: int) -> tuple[int, int]:
+    """First position and the position after the last."""
+    low = number << POSITION_BITS
+    first = connection.execute(
+        "select at from unlost_log where at between ? and ? order by at limit 1", (low, low | POSITION_MAX)
+    ).fetchone()
+    if first is None:
+        return 0, 0
+    last = connection.execute(
+        "select at from unlost_log where at between ? and ? order by at desc limit 1",
+        (low, low | POSITION_MAX),
+    ).fetchone()
+    return first[0] - low, last[0] - low + 1
+
+
+def _numbers(c: apsw.Connection) -> Callable[[Place], int | None]:
+    topics = {n: (f, p) for n, f, p in c.execute("select name, first_number, partitions from unlost_topic")}
+
+    def number(place: Place) -> int | None:
+        first, partitions = topics.get(place[0], (0, 0))
+        return first + place[1] if 0 <= place[1] < partitions else None
+
+    return number
+
+
+def _recorded(c: apsw.Connection, number: int, position: int) -> int | None:
+    low = number << POSITION_BITS
+    row = c.execute(
+        "select recorded from unlost_log where at between ? and ? order by at limit 1",
+        (low | position, low | POSITION_MAX),
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def _holes(c: apsw.Connection, number: int) -> list[tuple[int, int]]:
+    low = number << POSITION_BITS
+    first, last, count = c.execute(
+        "select min(at), max(at), count(*) from unlost_log where at between ? and ?", (low, low | POSITION_MAX)
+    ).fetchone()
+    if first is None or count == last - first + 1:
+        return []
+    rows = c.execute(
+        "select before + 1, at from (select at, lag(at) over (order by at) as before from unlost_log "
+        "where at between ? and ?) where at > before + 1",
+        (low, low | POSITION_MAX),
+    )
+    return [(a - low, b - low) for a, b in rows]
+
+
+def _digest(
+    c: apsw.Connection, number: int, start: int, start_digest: int, runs: Sequence[tuple[int, int]]
+) -> int | None:
+    low = number << POSITION_BITS
+
+    def upto(position: int) -> int | None:
+        if position == start:
+            return start_digest
+        row = c.execute("select digest from unlost_log where at = ?", (low | (position - 1),)).fetchone()
+        if row is not None:
+            return int(row[0])
+        row = c.execute("select digest, head from unlost_log where at = ?", (low | position,)).fetchone()
+        if row is None:
+            return None
+        e = decode_head(
+            row[1], topic="", key=None, data=None
+        )  # the row before was trimmed: take this one out of its own
+        return int(row[0]) ^ event_hash(e.source, e.id)
+
+    parts = []
+    for a, b in runs:
+        before, after = upto(a), upto(b)
+        if before is None or after is None:
+            return None  # missing from the log: then the gap is reported as such
+        parts.append(before ^ after)
+    return reduce(xor, parts, 0)
+
+
+def _verify_partition(
+    c: apsw.Connection, topic: str, partition: int, number: int, problems: list[str], limit: int
+) -> None:
+    low, before = number << POSITION_BITS, None
+    for raw in c.execute(
+        "select at, head, key, data, recorded, digest, crc from unlost_log where at between ? and ? order by at",
+        (low, low | POSITION_MAX),
+    ):
+        row = LogRow(*raw)
+        if len(problems) >= limit:
+            return
+        where = f"{topic}/{partition}:{row.position}"
+        if not row.intact():
+            problems.append(f"{where} does not match its checksum")
+        elif before is not None and row.position == before.position + 1:
+            try:
+                e = decode_head(row.head, topic=topic, key=row.key, data=None)
+            except Exception:
+                e = None
+            if e is not None and before.digest ^ event_hash(e.source, e.id) != row.digest:
+                problems.append(f"{where} does not continue the digests before it")
+        before = row

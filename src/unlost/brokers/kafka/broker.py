@@ -20,12 +20,12 @@ from unlost.brokers.kafka.member import KafkaMember
 from unlost.brokers.kafka.publisher import Call, Publisher, Sent
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
-from unlost.brokers.kafka.topics import Cluster, Described, check_against, check_declared, info_of
-from unlost.brokers.kafka.wire import headers_of, reread
-from unlost.brokers.port import SURVIVES_ORDER, Abilities, Receipt, Survives
-from unlost.errors import UsageError
+from unlost.brokers.kafka.topics import Cluster, Described, check_against, check_declared, identity_of, info_of
+from unlost.brokers.kafka.wire import headers_of, original_headers, reread
+from unlost.brokers.port import SURVIVES_ORDER, Abilities, Original, Receipt, Survives
+from unlost.errors import UnlostError, UsageError
 from unlost.events import MAX_EVENT_BYTES, Envelope, partition_of
-from unlost.events.topic import Arrival, Decoder, Topic, TopicInfo
+from unlost.events.topic import Arrival, Decoder, Topic, TopicInfo, Unit
 
 HEADER_BYTES = 16  # what a header costs beside its text, at most
 SESSION_SECONDS = 10.0
@@ -43,6 +43,7 @@ class KafkaBroker:
         self._declared: set[str] = set()
         self._turn = itertools.count()
         self._log: KafkaLog | None = None
+        self._mirroring = asyncio.Lock()
         self._closed = False
 
     # --- the port ----------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ class KafkaBroker:
 
     @property
     def identity(self) -> str:
-        return f"kafka {self.cluster.id} {self.settings.prefix}".strip()
+        return identity_of(self.cluster)
 
     async def open(self) -> None:
         try:
@@ -96,20 +97,40 @@ class KafkaBroker:
         return await call.future
 
     async def mirror(
-        self, topic: str, key: bytes | None, data: bytes | None, headers: Sequence[tuple[str, bytes | None]]
+        self,
+        topic: str,
+        key: bytes | None,
+        data: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]],
+        origin: tuple[str, int],
     ) -> None:
-        if topic not in self._known:
-            await asyncio.to_thread(self._find_or_make, [topic])
-        there = self._known[topic]
+        async with self._mirroring:  # those that wait for the topic go on in the order in which they came
+            if topic not in self._known:
+                source = self._known.get(origin[0])
+                await asyncio.to_thread(
+                    self._find_or_make, [topic], Topic("").partitions if source is None else source.partitions
+                )
+        there, partition = self._known[topic], origin[1]
+        if partition >= there.partitions:
+            partition = next(self._turn) % there.partitions if key is None else partition_of(key, there.partitions)
         publisher = self._publisher or self._start_publisher()
         call = Call(asyncio.get_running_loop(), 1)
-        partition = next(self._turn) % there.partitions if key is None else partition_of(key, there.partitions)
         size = len(data or b"") + len(key or b"") + 1024
         publisher.send(
             call,
             [Sent(publisher, call, 0, "a dead letter", topic, there.name, partition, key, data, list(headers), size)],
         )
-        await call.future
+        try:
+            await call.future
+        except UnlostError:
+            self._known.pop(topic, None)  # it may have been deleted: the next try looks
+            raise
+
+    def original(self, unit: Unit, arrival: Arrival) -> Original:
+        prefix = self.settings.prefix
+        there = self._known.get(unit.topic)
+        stamped = "CreateTime" if there is None else there.config.get("message.timestamp.type", "CreateTime")
+        return Original(prefix + unit.topic, prefix + unit.service, original_headers(arrival), stamped)
 
     def check(self, envelope: Envelope) -> None:
         if envelope.topic in self._known:
@@ -188,12 +209,12 @@ class KafkaBroker:
         infos = {info.name: info for info in self._infos(there)}
         return [infos[topic.name] for topic in topics]
 
-    def _find_or_make(self, names: Sequence[str]) -> None:
+    def _find_or_make(self, names: Sequence[str], partitions: int = Topic("").partitions) -> None:
         if not names:
             return
         prefix = self.settings.prefix
         there = self.cluster.describe([prefix + name for name in names])
-        missing = [Topic(name) for name in names if prefix + name not in there]
+        missing = [Topic(name, partitions) for name in names if prefix + name not in there]
         if missing:
             check_declared(missing)
             self.cluster.create(missing)

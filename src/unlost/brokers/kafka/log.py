@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import OffsetSpec
 
+from unlost.brokers.kafka.ledger import KafkaLedger
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
-from unlost.brokers.kafka.topics import Cluster, info_of
+from unlost.brokers.kafka.topics import Cluster, identity_of, info_of
 from unlost.brokers.kafka.wire import arrival_of, headers_in
+from unlost.brokers.port import Ledger, Place
 from unlost.errors import Unavailable
 from unlost.events.topic import Arrival, Decoder, TopicInfo
 from unlost.world import REAL
 
+T = TypeVar("T")
 READ_SECONDS = 20.0
 GROUP = "unlost-look"  # a consumer must name one; it is never joined
 
 
 class KafkaLog:
     """**Guarantee** `read` hands over every event that the log holds from a position on, in order."""
+
+    forgets = True  # retention asks nobody
 
     def __init__(self, settings: Settings, decoders: Mapping[str, Decoder] | None = None) -> None:
         self._settings = settings
@@ -33,6 +39,16 @@ class KafkaLog:
     @property
     def cluster(self) -> Cluster:
         return self._cluster
+
+    @property
+    def identity(self) -> str:
+        return identity_of(self._cluster)
+
+    def together(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def names(self) -> Sequence[str]:
+        return [name[len(self._settings.prefix) :] for name in self._cluster.names()]
 
     def topics(self, names: Collection[str] | None = None) -> Sequence[TopicInfo]:
         prefix = self._settings.prefix
@@ -60,7 +76,9 @@ class KafkaLog:
         consumer = self._consumer
         if consumer is None:
             consumer = self._consumer = Consumer(
-                self._settings.consumer(self._settings.prefix + GROUP, **{"queued.min.messages": 1000, "fetch.wait.max.ms": 10})
+                self._settings.consumer(
+                    self._settings.prefix + GROUP, **{"queued.min.messages": 1000, "fetch.wait.max.ms": 10}
+                )
             )
         low, high = consumer.get_watermark_offsets(place, READ_SECONDS, cached=False)
         start = max(start, low)
@@ -107,6 +125,72 @@ class KafkaLog:
         if position >= 0:
             return position
         return self._cluster.offsets([place], OffsetSpec.latest())[place.topic, partition]
+
+    def ends(self, places: Collection[Place]) -> Mapping[Place, int]:
+        prefix = self._settings.prefix
+        found = self._cluster.offsets([TopicPartition(prefix + t, p) for t, p in places], OffsetSpec.latest())
+        return {(name[len(prefix) :], partition): end for (name, partition), end in found.items()}
+
+    def recorded(self, places: Mapping[Place, int]) -> Mapping[Place, int]:
+        """One fetch for all of them."""
+        prefix = self._settings.prefix
+        wanted = {(prefix + topic, partition): position for (topic, partition), position in places.items()}
+        chosen = [TopicPartition(*place) for place in wanted]
+        first = self._cluster.offsets(chosen, OffsetSpec.earliest())
+        last = self._cluster.offsets(chosen, OffsetSpec.latest())
+        wanted = {place: max(at, first[place]) for place, at in wanted.items() if max(at, first[place]) < last[place]}
+        found: dict[Place, int] = {}
+        if not wanted:
+            return found
+        consumer = Consumer(
+            self._settings.consumer(prefix + GROUP, **{"queued.min.messages": 1, "fetch.message.max.bytes": 1})
+        )
+        try:
+            consumer.assign([TopicPartition(*place, at) for place, at in wanted.items()])
+            end = REAL.monotonic() + READ_SECONDS
+            while wanted and REAL.monotonic() < end:
+                for m in consumer.consume(100, 0.1) or ():
+                    place = (m.topic() or "", m.partition() or 0)
+                    error = m.error()
+                    if error is None:
+                        found.setdefault((place[0][len(prefix) :], place[1]), max(0, m.timestamp()[1]) * 1000)
+                    elif error.code() not in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET):
+                        raise sorted_error(error, "looking up times")
+                    if wanted.pop(place, None) is not None:
+                        consumer.incremental_unassign([TopicPartition(*place)])
+        except KafkaException as e:
+            raise sorted_error(e, "looking up times") from None
+        finally:
+            consumer.close()
+        return found
+
+    def spans(self, topics: Sequence[TopicInfo]) -> Mapping[str, tuple[int, int]]:
+        prefix = self._settings.prefix
+        places = [TopicPartition(prefix + t.name, p) for t in topics for p in range(t.partitions)]
+        first = self._cluster.looked_up(places, OffsetSpec.for_timestamp(0))
+        last = self._cluster.looked_up(places, OffsetSpec.max_timestamp())
+        found = {}
+        for t in topics:
+            own = [(prefix + t.name, p) for p in range(t.partitions)]
+            oldest = [first[place][1] for place in own if first[place][1] >= 0]
+            newest = [last[place][1] for place in own if last[place][1] >= 0]
+            if oldest and newest:
+                found[t.name] = (min(oldest) * 1000, max(newest) * 1000)
+        return found
+
+    def holes(self, topic: str, partition: int) -> Sequence[tuple[int, int]]:
+        return ()  # markers of transactions take positions as well
+
+    def digest(
+        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+    ) -> int | None:
+        return None
+
+    def verify(self, limit: int) -> Sequence[str]:
+        return ()  # the client checks the checksum of whatever it reads
+
+    def ledger(self) -> Ledger | None:
+        return KafkaLedger(self._settings, self._cluster)
 
     def wait(self, seconds: float) -> None:
         REAL.pause(min(seconds, 0.2))

@@ -353,7 +353,7 @@ class KafkaMember:
                 "" if declared else "; this App declares no retention"
             )
             log.error("%s: positions %d to %d are gone: %s", unit, expected, found.low - 1, why)
-            changes.append(Gone(unit, Gap(expected, found.low, "expired", why)))
+            changes.append(Gone(unit, Gap(expected, found.low, "expired", why, declared)))
             self._next[place] = found.low
         self._go_to(place, self._next[place])
 

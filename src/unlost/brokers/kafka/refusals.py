@@ -8,7 +8,7 @@ from confluent_kafka import KafkaError, KafkaException
 
 from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
 
-_RIGHTS = ("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED",
+RIGHTS = ("TOPIC_AUTHORIZATION_FAILED", "GROUP_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED",
            "TRANSACTIONAL_ID_AUTHORIZATION_FAILED", "DELEGATION_TOKEN_AUTHORIZATION_FAILED")  # fmt: skip
 _LOGIN = ("_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED", "_SSL")
 _UNKNOWN = ("_MSG_TIMED_OUT", "_TIMED_OUT", "_PURGE_INFLIGHT", "_FATAL", "_DESTROY", "NETWORK_EXCEPTION", "_TRANSPORT")
@@ -18,7 +18,7 @@ def sorted_error(e: KafkaException | KafkaError | Any, doing: str) -> UnlostErro
     """The error of ours that says the same, and what to do next."""
     error = e.args[0] if isinstance(e, KafkaException) else e
     name, text = error.name(), error.str()
-    if name in _RIGHTS:
+    if name in RIGHTS:
         return UsageError(
             "UL1145", "this user has not the rights for that on the Kafka cluster", found=f"{doing}: {text}",
             fix="grant READ and DESCRIBE on the topics and READ on the group; WRITE to publish; CREATE to make topics",

@@ -84,7 +84,13 @@ class Cluster:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._errors: list[str] = []
-        self.admin = AdminClient(settings.client(error_cb=lambda e: self._errors.append(e.str())))
+        try:
+            self.admin = AdminClient(settings.client(error_cb=lambda e: self._errors.append(e.str())))
+        except KafkaException as e:
+            raise UsageError(
+                "UL1154", "the Kafka client does not take the settings of the URL", found=e.args[0].str(),
+                fix="https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md lists them",
+            ) from None  # fmt: skip
         self.id = ""
         self.brokers = 0
 
@@ -161,16 +167,21 @@ class Cluster:
         }  # fmt: skip
 
     def offsets(self, places: Sequence[TopicPartition], spec: Any) -> dict[tuple[str, int], int]:
+        return {place: offset for place, (offset, _) in self.looked_up(places, spec).items()}
+
+    def looked_up(self, places: Sequence[TopicPartition], spec: Any) -> dict[tuple[str, int], tuple[int, int]]:
+        """Per partition the position that was asked for, and the time of its event (milliseconds; -1: not said)."""
         if not places:
             return {}
 
-        def ask() -> dict[tuple[str, int], int]:
+        def ask() -> dict[tuple[str, int], tuple[int, int]]:
             asked = self.admin.list_offsets(
                 dict.fromkeys(places, spec),
                 isolation_level=IsolationLevel.READ_COMMITTED,
                 request_timeout=ADMIN_SECONDS,
             )
-            return {(place.topic, place.partition): self._wait(f).offset for place, f in asked.items()}
+            found = {(place.topic, place.partition): self._wait(f) for place, f in asked.items()}
+            return {place: (info.offset, info.timestamp) for place, info in found.items()}
 
         return self._patiently(ask, "looking up positions")
 
@@ -195,13 +206,16 @@ class Cluster:
                     },
                 )
             )  # fmt: skip
-        for name, future in self.admin.create_topics(wanted, request_timeout=ADMIN_SECONDS).items():
+        self.make(wanted)
+
+    def make(self, wanted: Sequence[NewTopic]) -> None:
+        for name, future in self.admin.create_topics(list(wanted), request_timeout=ADMIN_SECONDS).items():
             try:
                 self._wait(future)
             except KafkaException as e:
                 if e.args[0].name() != "TOPIC_ALREADY_EXISTS":
                     raise sorted_error(e, f"creating topic {name}") from None
-        self._until_visible([prefix + topic.name for topic in topics])
+        self._until_visible([topic.topic for topic in wanted])
 
     def _until_visible(self, names: Sequence[str]) -> None:
         """A new topic reaches each broker a moment later."""
@@ -230,7 +244,8 @@ class Cluster:
             except KafkaException as e:
                 error = e.args[0]
                 if not (error.retriable() or error.name() in ("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE",
-                        "UNKNOWN_TOPIC_OR_PART", "_TIMED_OUT", "_TRANSPORT")) or REAL.monotonic() > end:  # fmt: skip
+                        "UNKNOWN_TOPIC_OR_PART", "UNKNOWN_LEADER_EPOCH", "FENCED_LEADER_EPOCH", "OFFSET_NOT_AVAILABLE",
+                        "_TIMED_OUT", "_TRANSPORT")) or REAL.monotonic() > end:  # fmt: skip
                     raise sorted_error(e, what) from None
                 REAL.pause(0.1)
 
@@ -257,6 +272,10 @@ class Cluster:
         else:
             fix = "check the URL: " + "kafka://host:9092"
         return Unavailable("UL2100", f"no Kafka cluster answers at {self.settings.bootstrap}", found=cause, fix=fix)
+
+
+def identity_of(cluster: Cluster) -> str:
+    return f"kafka {cluster.id} {cluster.settings.prefix}".strip()
 
 
 def check_declared(topics: Sequence[Topic]) -> None:
@@ -303,5 +322,5 @@ def check_against(topic: Topic, there: Described) -> None:
 def info_of(name: str, there: Described, ranges: Sequence[tuple[int, int]]) -> TopicInfo:
     return TopicInfo(
         name=name, id=there.id, partitions=there.partitions, ranges=ranges, retention=there.retention,
-        replication=there.replication, survives=there.survives,
+        replication=there.replication, min_insync=there.min_insync, survives=there.survives,
     )  # fmt: skip

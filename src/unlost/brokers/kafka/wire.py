@@ -6,40 +6,24 @@ declared decoder, or not at all; the last keep their bytes and go to the shelf.
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 from confluent_kafka import Message
 
 from unlost.errors import Undecodable, UnlostError, UsageError
-from unlost.events import MAX_HEAD_BYTES, Envelope, from_headers, seal, to_headers
-from unlost.events.codec import is_second
+from unlost.events import MAX_EVENT_BYTES, MAX_HEAD_BYTES, Envelope, from_headers, seal, to_headers
+from unlost.events.codec import peek
 from unlost.events.topic import Arrival, Decoder, Foreign
 from unlost.world import rfc3339
 
 Headers = Sequence[tuple[str, bytes | None]]
 
-_FIELDS = {
-    "ce_id": "id",
-    "ce_source": "source",
-    "ce_type": "type",
-    "ce_time": "time",
-    "ce_subject": "subject",
-    "ce_partitionkey": "partitionkey",
-    "ce_correlationid": "correlationid",
-    "ce_causationid": "causationid",
-    "ce_traceparent": "traceparent",
-    "content-type": "datacontenttype",
-}
-_HEAD_MAX = 4096  # beyond it the strict reader decides
-
 
 class _Raw(msgspec.Struct, frozen=True):
     """A message's headers as they were, kept where its bytes are kept: another decoder may read them one day."""
 
-    kafkaheaders: list[tuple[str, str | None]]
+    kafkaheaders: Headers
 
 
 _raw = msgspec.json.Decoder(_Raw).decode
@@ -70,85 +54,45 @@ def arrival_of(
     decoder: Decoder | None,
 ) -> Arrival:  # fmt: skip
     """What a message is to us. Never raises for what it holds."""
-    envelope = _ours(topic, key, value, headers, millis)
     recorded = millis * 1000
-    if envelope is not None:
-        return Arrival(position, envelope, recorded, None, key, value)
-    raw = _keep(headers)
+    found = peek(headers)
+    if found is not None and (value is None or len(value) <= MAX_EVENT_BYTES):
+        return Arrival(position, None, recorded, None, key, value, "", "", headers, topic, *found)
+    if decoder is not None and not _cloudevent(headers):
+        message = Foreign(
+            topic=topic, partition=partition, position=position, key=key, value=value, headers=headers,
+            recorded=recorded,
+        )  # fmt: skip
+        return _decoded(message, decoder, _keep(headers))
     try:
-        if decoder is not None and not _cloudevent(headers):
-            message = Foreign(
-                topic=topic, partition=partition, position=position, key=key, value=value, headers=headers,
-                recorded=recorded,
-            )  # fmt: skip
-            return _decoded(message, decoder, raw)
-        found = from_headers(headers, value, topic=topic, key=key, time=rfc3339(recorded))
+        envelope = from_headers(headers, value, topic=topic, key=key, time=rfc3339(recorded))
     except Undecodable as e:
-        return Arrival(position, None, recorded, raw, key, value, str(e))
-    if found.data is not value:  # structured: the event's data are not the message's value
-        return Arrival(position, found, recorded, raw, found.key, value)
-    return Arrival(position, found, recorded, None, found.key, value)
+        return Arrival(position, None, recorded, _keep(headers), key, value, str(e))
+    # Structured, or headers that would not come back byte for byte: they are kept as they are.
+    as_is = envelope.data is value and envelope.recordedtime is None and _same(to_headers(envelope)[0], headers)
+    return Arrival(position, envelope, recorded, None if as_is else _keep(headers), envelope.key, value)
+
+
+def original_headers(arrival: Arrival) -> Headers:
+    """The headers that a message came with."""
+    if arrival.headers is not None:
+        return arrival.headers
+    kept = None if arrival.head is None else _kept(arrival.head)
+    if kept is not None:
+        return kept
+    if arrival.envelope is None:
+        return ()
+    return to_headers(msgspec.structs.replace(arrival.envelope, recordedtime=None))[0]
 
 
 def reread(topic: str, partition: int, arrival: Arrival, decoder: Decoder | None) -> Arrival:
     """An arrival that was kept as raw bytes, as today's code sees it."""
-    if arrival.head is None:
-        return arrival
-    try:
-        kept = _raw(arrival.head)
-        headers = [(name, None if value is None else b64decode(value)) for name, value in kept.kafkaheaders]
-    except (msgspec.MsgspecError, ValueError):
+    headers = None if arrival.head is None else _kept(arrival.head)
+    if headers is None:
         return arrival
     return arrival_of(
         topic, partition, arrival.position, arrival.recorded // 1000, arrival.key, arrival.data, headers, decoder
     )
-
-
-def _ours(topic: str, key: bytes | None, value: bytes | None, headers: Headers, millis: int) -> Envelope | None:
-    """The short way for what we write ourselves. None: somebody more careful must look."""
-    fields: dict[str, Any] = {}
-    plain = None
-    version = None
-    size = 0
-    try:
-        for name, raw in headers:
-            size += len(raw)  # type: ignore[arg-type]
-            field = _FIELDS.get(name)
-            if field is not None:
-                if field in fields or not raw:
-                    return None
-                fields[field] = raw.decode()
-            elif name == "ce_specversion":
-                version = raw
-            elif name[:3] == "ce_" or name.lower()[:3] == "ce_" or name.lower() == "content-type":
-                return None
-            else:
-                if plain is None:
-                    plain = {}
-                plain[name] = raw.decode(errors="backslashreplace")  # type: ignore[union-attr]
-        if version != b"1.0" or size > _HEAD_MAX or (value is not None and len(value) > 65536):
-            return None
-        id, source, type, time = fields["id"], fields["source"], fields["type"], fields["time"]
-        if not (id and source and type and id.isprintable() and source.isprintable() and type.isprintable()):
-            return None
-        if (
-            len(time) != 27
-            or time[26] != "Z"
-            or time[19] != "."
-            or not time[20:26].isdigit()
-            or not is_second(time[:19])
-        ):
-            return None
-        kind = fields.get("datacontenttype")
-        if kind is None:
-            fields["datacontenttype"] = None
-        elif kind != "application/json" and "cloudevents" in kind.lower():
-            return None
-    except (TypeError, AttributeError, KeyError, UnicodeDecodeError):
-        return None
-    if plain:
-        fields["headers"] = plain
-    return Envelope(topic=topic, key=key, data=value, recordedtime=rfc3339(millis * 1000), **fields)
 
 
 def _cloudevent(headers: Headers) -> bool:
@@ -182,7 +126,16 @@ def _unreadable(message: Foreign, raw: bytes, why: str) -> Arrival:
     return Arrival(message.position, None, message.recorded, raw, message.key, message.value, why)
 
 
-def _keep(headers: Iterable[tuple[str, bytes | None]]) -> bytes:
-    return msgspec.json.encode(
-        _Raw([(name, None if value is None else b64encode(value).decode()) for name, value in headers])
-    )
+def _same(ours: Sequence[tuple[str, bytes]], headers: Headers) -> bool:
+    return len(ours) == len(headers) and set(ours) == set(headers)
+
+
+def _keep(headers: Headers) -> bytes:
+    return msgspec.json.encode(_Raw(headers))
+
+
+def _kept(head: bytes) -> Headers | None:
+    try:
+        return _raw(head).kafkaheaders
+    except msgspec.MsgspecError:
+        return None  # a head of ours
