@@ -221,7 +221,7 @@ async def measure_lanes(folder: Path, url: str, total: int) -> None:
     """Handlers that wait, many keys, one partition: how many are at work at once; the order of each key is checked."""
     from unlost import Topic
 
-    service = Service("slow", concurrency=RUNNERS)
+    service = Service(f"slow-{time.time_ns()}", concurrency=RUNNERS)
     last: dict[str, int] = {}
     done = asyncio.Event()
     seen = running = most = 0
@@ -284,7 +284,7 @@ def resident() -> float:
 
 async def measure_stall(folder: Path, url: str, stalls: str) -> None:
     """Handlers that never return, over a backlog: `all` of them, or those of `one` key."""
-    service = Service("stalled", deadline="1h")
+    service = Service(f"stalled-{time.time_ns()}", deadline="1h")
     seen = 0
     for_ever = asyncio.Event()
 

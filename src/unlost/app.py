@@ -148,7 +148,7 @@ class App:
     async def _connect(self) -> None:
         self.url = config.setting("broker", code=self.broker_url).value
         store_url = config.setting("store", code=self.store_url).value
-        if store_url and store_url != self.url and not is_kafka(self.url):
+        if store_url and store_url != self.url and self.url.startswith("embedded:"):
             raise UsageError(
                 "UL1233", "the embedded broker keeps everything in its own file", found=f"store {store_url}",
                 fix="leave UNLOST_STORE empty",

@@ -94,8 +94,10 @@ class Range(msgspec.Struct, frozen=True, kw_only=True):
         return self.kind == "expired" and self.declared
 
     def __str__(self) -> str:
-        positions = f"position {self.start}" if self.end == self.start + 1 else f"positions {self.start} to {self.end - 1}"
-        return f"{self.service} {self.topic}/{self.partition}: {positions} {self.kind}: {self.why}"
+        positions = (
+            f"position {self.start}" if self.end == self.start + 1 else f"positions {self.start} to {self.end - 1}"
+        )
+        return f"{self.service} {self.topic}/{self.partition}, {positions}: {self.why}"
 
 
 class Book(msgspec.Struct, kw_only=True):
@@ -145,9 +147,7 @@ class Books(msgspec.Struct, kw_only=True):
         return self.unaccounted == 0 and not self.findings and not self.unaccountable and tolerated
 
 
-def reconcile(
-    evidence: Iterable[Evidence], unaccountable: Sequence[str] = (), findings: Sequence[str] = ()
-) -> Books:
+def reconcile(evidence: Iterable[Evidence], unaccountable: Sequence[str] = (), findings: Sequence[str] = ()) -> Books:
     """Balances the books of all units; `unaccountable` says what no evidence was left of, `findings` what was seen to
     be wrong while the evidence was gathered.
 
@@ -247,7 +247,9 @@ def _pass_over(e: Evidence, where: str, book: Book, books: Books) -> int:
     for p in e.passed:
         size = p.end - p.start
         if sum(b - a for a, b in _gaps(e.fated, p.start, p.end)):
-            books.findings.append(f"{where}: positions {p.start} to {p.end - 1} are listed as {p.kind}, but have no outcome")
+            books.findings.append(
+                f"{where}: positions {p.start} to {p.end - 1} are listed as {p.kind}, but have no outcome"
+            )
             continue
         count += size
         if p.kind == "expired":

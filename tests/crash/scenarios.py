@@ -135,7 +135,8 @@ class Scene:
 
     def operate(self, cure: Callable[[str], bool]) -> None:
         def work(journal: Journal) -> None:
-            with opened(self.url) as file:
+            with opened(self.url) as looking:
+                file = looking.file
                 for letter in shelf.letters(file):
                     data = json.loads(letter.data) if letter.reason != "undecodable" and letter.data else {}
                     uid = data.get("uid", letter.id)
@@ -151,7 +152,8 @@ class Scene:
         """What the checker and the audit say, each in a process of its own."""
 
         def examine(_: Journal) -> None:
-            with opened(self.url) as file:
+            with opened(self.url) as looking:
+                file = looking.file
                 if not books_module.books(file).balanced:
                     (self.folder / "audit-red").touch()
                 rows = file.read(lambda c: c.execute(ALL_EFFECTS).fetchall())
@@ -265,8 +267,8 @@ def zombie(scene: Scene) -> set[str]:
     wait_for(scene.folder / "old is out")
 
     def look(_: Journal) -> None:
-        with opened(scene.url) as file:
-            if file.read(lambda c: c.execute(ALL_EFFECTS).fetchall()):
+        with opened(scene.url) as looking:
+            if looking.file.read(lambda c: c.execute(ALL_EFFECTS).fetchall()):
                 (scene.folder / "stale").touch()
 
     scene.life(look)

@@ -538,10 +538,13 @@ def operating(job: Job, journal: Journal, rng: random.Random, _: Any) -> None:
     if stopping.is_set():
         return
     audited = 0.0
-    with opened(job.file_url) as file:
+    with opened(job.url, store=job.file_url) as looking:
+        file = looking.file
         while not stopping.wait(rng.random() * 0.2):
             operate_once(file, job.folder, journal)
-            if time.monotonic() - audited > 1.0 and not job.broker:  # the books must balance at every instant, not only at the end
+            if (
+                time.monotonic() - audited > 1.0 and not job.broker
+            ):  # the books must balance at every instant, not only at the end
                 audited = time.monotonic()
                 books = books_module.books(file)
                 journal.note(
@@ -763,7 +766,8 @@ def effects(folder: Path, name: str = "events.db") -> Iterator[Effect]:
 def wait_for_drain(folder: Path, seconds: float) -> None:
     """Returns when the product says that nothing is left to do; whether that is true is for the checker to say."""
     end = time.monotonic() + seconds
-    with opened(f"embedded://{folder}/events.db") as file:
+    with opened(f"embedded://{folder}/events.db") as looking:
+        file = looking.file
         while time.monotonic() < end:
             books = books_module.books(file)
             if not any(b.open + b.dead + b.parked for b in books.services.values()):
@@ -772,7 +776,8 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
 
 
 def audit(folder: Path) -> None:
-    with opened(f"embedded://{folder}/events.db") as file:
+    with opened(f"embedded://{folder}/events.db") as looking:
+        file = looking.file
         books = books_module.books(file)
         wrong = [*books.findings, *books.unaccountable, *books_module.verify(file)]
         wrong += [str(missing) for missing in books.missing]

@@ -11,8 +11,8 @@ import apsw
 import pytest
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from kafka_kit import a_store, counts, dead, everything, make_topic, send, serving, until, url_of
-from servers.kafka import Kafka
 
+from servers.kafka import Kafka
 from unlost import App, Context, Event, Reject, Retry, Service, Topic, UsageError
 from unlost.delivery import mirror as mirror_module
 from unlost.store import outbox
@@ -141,8 +141,7 @@ async def test_a_copy_that_fails_waits_and_holds_up_nothing(
         await asyncio.to_thread(everything, kafka, f"{fresh_prefix}.parcel.DLT", 1)
         await until(lambda: counts(app, "billing").get("skipped:no handler") == 1)  # what `good` led to has left
         assert len(dead(app)) == 4
-        waiting = app.file.read(lambda c: c.execute("select count(*) from unlost_outbox").fetchone()[0])
-        assert waiting == 3
+        await until(lambda: app.file.read(lambda c: c.execute("select count(*) from unlost_outbox").fetchone()[0]) == 3)
         assert "a copy of a dead letter cannot be sent now" in caplog.text
     assert "UL1012" in caplog.text
     admin = AdminClient({"bootstrap.servers": kafka.internal})

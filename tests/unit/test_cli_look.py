@@ -111,15 +111,21 @@ def test_status_sees_what_a_killed_process_had(shell: Shell) -> None:
 
 STATUS_SERVICE = [
     "name", "on_dead", "processes", "partitions", "owned", "waiting", "in_flight", "retrying", "parked", "dead",
-    "oldest", "next_retry", "requested", "todo", "alive",
+    "oldest", "next_retry", "requested", "todo", "units", "alive",
 ]  # fmt: skip
 
 
 def test_the_schemas_are_stable(used: Shell) -> None:
     shell = used
     status = shell.quick("status", "--json").json
-    assert list(status) == ["schema", "path", "bytes", "services", "topics"] and status["schema"] == "unlost.status/1"
+    assert list(status) == ["schema", "path", "bytes", "services", "topics", "broker", "outbox", "unreachable"]
+    assert status["schema"] == "unlost.status/1" and (status["outbox"], status["unreachable"]) == (None, None)
     assert list(status["services"][0]) == STATUS_SERVICE
+    unit = next(u for u in status["services"][0]["units"] if u["highest_seen"])
+    assert list(unit) == [
+        "topic", "partition", "highest_seen", "highest_succeeded", "highest_sequential", "incompletes", "end",
+    ]  # fmt: skip
+    assert unit["highest_seen"] == unit["highest_sequential"] == unit["end"] and unit["incompletes"] == 0
     topics = shell.quick("topic", "list", "--json").json
     assert list(topics) == ["schema", "broker", "topics"] and topics["schema"] == "unlost.topics/1"
     assert list(topics["topics"][0]) == [
@@ -131,11 +137,14 @@ def test_the_schemas_are_stable(used: Shell) -> None:
         "newest",
         "retention",
         "services",
+        "replication",
+        "min_insync",
+        "survives",
     ]
     audit = shell.quick("audit", "--json").json
     assert list(audit) == [
         "schema", "broker", "balanced", "unaccounted", "services", "missing", "missing_more", "findings",
-        "unaccountable", "verified", "damaged",
+        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported",
     ]  # fmt: skip
     assert audit["schema"] == "unlost.audit/1"
     config = shell.quick("config", "--json").json

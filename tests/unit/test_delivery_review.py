@@ -486,7 +486,7 @@ async def test_the_digest_of_a_trimmed_log_is_still_compared(tmp_path: Path) -> 
         t.advance(60)
         await t.publish(Placed(order_id="a", n=3))
         assert await trim(t.app.file) == 3
-        (evidence,) = t.app.file.read(lambda c: gather(t.app.file, c))
+        (evidence,) = gather(t.app.file)
         assert evidence.log_digest == evidence.digest
         await t.scale(1)
         await t.settled()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from unlost import Event, Sensitive, UsageError
+from unlost.brokers.embedded.log import EmbeddedLog
 from unlost.events import Envelope, seal
 from unlost.events.topic import Topic
 from unlost.ops.publish import build, event_classes, find_class, read_line, shown_data, split_fields
@@ -65,28 +66,28 @@ def test_last_is_exact_over_batches_and_partitions(file: File) -> None:
     many = BATCH * 3 + 7
     for start in range(0, many, 100):
         put(file, *(envelope(n, f"k{n % 7}") for n in range(start, min(many, start + 100))))
-    everything = ids(Tail(file).since(0))
+    everything = ids(Tail(EmbeddedLog(file)).since(0))
     assert sorted(everything) == sorted(f"e{n}" for n in range(many))
     for count in (0, 1, 5, BATCH, BATCH + 1, many, many + 10):
-        found = ids(Tail(file).last(count))
+        found = ids(Tail(EmbeddedLog(file)).last(count))
         assert len(found) == min(count, many)
         assert set(found) == {f"e{n}" for n in range(many)} if count >= many else set(found) <= set(everything)
-        of_key = [int(i[1:]) for i in ids(Tail(file, key="k3").last(count))]
+        of_key = [int(i[1:]) for i in ids(Tail(EmbeddedLog(file), key="k3").last(count))]
         assert of_key == [n for n in range(many) if n % 7 == 3][-count:] if count else of_key == []
 
 
 def test_a_rare_type_is_found_far_back(file: File) -> None:
     put(file, seal(Renamed(a_b="k", c_d="x"), source="test", id="rare", topic="ops-thing", now=REAL.now()))
     put(file, *(envelope(n) for n in range(BATCH * 2)))
-    assert ids(Tail(file, type="Renamed").last(3)) == ["rare"]
-    assert ids(Tail(file, type="ops-renamed.Renamed").since(0)) == ["rare"]
-    assert ids(Tail(file, type="ops-renamed").last(3)) == []
+    assert ids(Tail(EmbeddedLog(file), type="Renamed").last(3)) == ["rare"]
+    assert ids(Tail(EmbeddedLog(file), type="ops-renamed.Renamed").since(0)) == ["rare"]
+    assert ids(Tail(EmbeddedLog(file), type="ops-renamed").last(3)) == []
 
 
 def test_follow_leaves_nothing_out(file: File) -> None:
     """Everything that is written while somebody follows comes once, in order per partition, also of new topics."""
     put(file, *(envelope(n) for n in range(10)))
-    tail = Tail(file)
+    tail = Tail(EmbeddedLog(file))
     before = ids(tail.last(100))
 
     def write() -> None:

@@ -11,7 +11,7 @@ from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.brokers.embedded.doctor import EmbeddedDoctor
 from unlost.brokers.findings import Examiner
 from unlost.brokers.port import Broker, Log
-from unlost.config import default_path
+from unlost.config import default_path, hide_secrets
 from unlost.errors import UsageError
 from unlost.events.topic import Decoder
 from unlost.sqlite.file import File
@@ -42,7 +42,7 @@ def embedded_path(url: str) -> Path:
     if parts.scheme != "embedded" or parts.netloc or parts.query or not path:
         raise UsageError(
             "UL1141", "a broker URL looks like embedded:///path/events.db",
-            found=_without_password(url), fix="three slashes for an absolute path; none for a relative one",
+            found=hide_secrets(url), fix="three slashes for an absolute path; none for a relative one",
         )  # fmt: skip
     return Path(path)
 
@@ -135,10 +135,3 @@ def store_path(url: str) -> Path:
             fix="UNLOST_STORE=embedded:///path/store.db, or leave it empty",
         )
     return embedded_path(url)
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password:
-        return url.replace(parts.password, "***")
-    return url

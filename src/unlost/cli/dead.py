@@ -14,10 +14,10 @@ from unlost import config
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, shown_bytes, span
 from unlost.cli.say import bold, clean, clean_lines, dim, key_text, note, out, print_json, warn
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
-from unlost.events import Envelope, decode_head
+from unlost.events.topic import Decoder
 from unlost.ops.load import load
 from unlost.ops.publish import shown_data
-from unlost.ops.shelf import Action, Asked, ask, letters
+from unlost.ops.shelf import Action, Asked, ask, event_of, headers_of, letters
 from unlost.sqlite.file import File
 from unlost.store.port import DeadLetter, Reason
 from unlost.world import REAL, rfc3339
@@ -58,14 +58,14 @@ def dead_list(
     - `unlost dead list --service billing`
     - `unlost dead list --reason-is rejected --json`
     """
-    with looking(app, broker) as file:
-        found = _find(file, None, key, service, reason_is)
-        path = file.path
+    with looking(app, broker) as here:
+        found = _find(here.file, None, key, service, reason_is)
+        name = here.name
     if json:
-        print_json("dead/1", {"broker": str(path), "letters": [_letter_json(letter) for letter in found]})
+        print_json("dead/1", {"broker": name, "letters": [_letter_json(letter) for letter in found]})
         return 0
     if not found:
-        out(f"the shelf is empty{_matching(key, service, reason_is)}: {clean(path)}")
+        out(f"the shelf is empty{_matching(key, service, reason_is)}: {clean(name)}")
         return 0
     for line in _table(found[:SHOWN_MAX]):
         out(line)
@@ -104,15 +104,16 @@ def dead_show(
     if data and app is None and config.setting("app").value:
         load()
     show = "raw" if raw else "data" if data else "none"
-    with looking(app, broker) as file:
-        found = _find(file, which, None, None, None)
+    with looking(app, broker) as here:
+        found = _find(here.file, which, None, None, None)
         if json:
-            print_json("dead/1", {"letters": [_letter_json(letter, show, whole=True) for letter in found]})
+            whole = [_letter_json(letter, show, whole=True, decoder=here.decoder(letter.topic)) for letter in found]
+            print_json("dead/1", {"letters": whole})
             return 0 if found else 1
         if not found:
             raise _none(which)
         for letter in found:
-            _print_letter(letter, show)
+            _print_letter(letter, show, here.decoder(letter.topic))
     return 0
 
 
@@ -199,7 +200,8 @@ def _act(
             fix=f"unlost dead {action} NUMBER, --key, --service, --reason-is, or --all; look first: unlost dead list",
         )  # fmt: skip
     who = operator or _login()
-    with looking(app, broker) as file:
+    with looking(app, broker) as here:
+        file = here.file
         found = _find(file, which, key, service, reason_is)
         if not found:
             if json:
@@ -295,13 +297,19 @@ def _table(found: Sequence[DeadLetter]) -> list[str]:
     return aligned([["No", "service", "type", "key", "reason", "died", "error"], *rows], left="rllllrl")
 
 
-def _print_letter(x: DeadLetter, show: str) -> None:
-    out(bold(f"{x.number}  {clean(x.type)}  {key_text(x.key)}"))
+def _print_letter(x: DeadLetter, show: str, decoder: Decoder | None) -> None:
+    headers = headers_of(x)
+    out(bold(f"{x.number}  {clean(x.type) or '(no event)'}  {key_text(x.key)}"))
     lines = [
         ("service", f"{x.service}, handler {x.handler}"),
         ("died", f"{rfc3339(x.died)}, {x.reason}"),
         ("error", f"{x.error_type}: {x.error}" if x.error_type else x.error),
-        ("event", f"{x.id} from {x.source}, recorded {rfc3339(x.recorded)}"),
+        (
+            "event",
+            f"{x.id} from {x.source}, recorded {rfc3339(x.recorded)}"
+            if x.id
+            else f"a message of others, recorded {rfc3339(x.recorded)}",
+        ),
         ("log", f"{x.topic}/{x.partition}:{x.position}"),
         ("trace", x.trace or "-"),
         ("behind it", f"{count(x.parked_behind, 'event')} of its key" if x.parks else "nothing waits: its key goes on"),
@@ -314,27 +322,30 @@ def _print_letter(x: DeadLetter, show: str) -> None:
         out(f"  attempt {attempt.number:<2} {rfc3339(attempt.at)}  {clean(' '.join(attempt.error.split()))}")
     for line in x.stack.rstrip().splitlines():
         out(dim(f"    {clean(line)}"))
+    if headers is not None and show != "raw":
+        out(f"  {'headers':<10} {len(headers)}, {len(x.data or b''):,} bytes of data (--raw shows them)")
     if show == "raw":
-        out("  data       " + clean((x.data or b"").decode("utf-8", "backslashreplace")))
-    elif show == "data":
+        for name, value in headers or ():
+            text = "(none)" if value is None else value.decode("utf-8", "backslashreplace")
+            out(f"  header     {clean(name)}: {clean(text)}")
+        out("  data       " + ("(none)" if x.data is None else clean(x.data.decode("utf-8", "backslashreplace"))))
+    if show == "data":
         import msgspec
 
-        data = _data(x)
+        data = _data(x, decoder)
         hidden = warn("(hidden: your code has no class that reads it; --raw shows it)")
         out("  data       " + (hidden if data is None else clean_lines(msgspec.json.encode(data).decode())))
     out()
 
 
-def _data(x: DeadLetter) -> dict[str, Any] | None:
-    envelope: Envelope
-    try:
-        envelope = decode_head(x.head, topic=x.topic, key=x.key, data=x.data)
-    except UnlostError:
-        return None
-    return shown_data(envelope)
+def _data(x: DeadLetter, decoder: Decoder | None) -> dict[str, Any] | None:
+    envelope = event_of(x, decoder)
+    return None if envelope is None else shown_data(envelope)
 
 
-def _letter_json(x: DeadLetter, show: str = "none", *, whole: bool = False) -> dict[str, Any]:
+def _letter_json(
+    x: DeadLetter, show: str = "none", *, whole: bool = False, decoder: Decoder | None = None
+) -> dict[str, Any]:
     members: dict[str, Any] = {
         "number": x.number, "service": x.service, "handler": x.handler, "topic": x.topic, "partition": x.partition,
         "position": x.position, "id": x.id, "source": x.source, "type": x.type, **shown_bytes("key", x.key),
@@ -346,9 +357,12 @@ def _letter_json(x: DeadLetter, show: str = "none", *, whole: bool = False) -> d
         members["stack"] = x.stack
         members["history"] = [{"number": a.number, "at": rfc3339(a.at), "error": a.error} for a in x.attempts]
     if show == "raw":
+        headers = headers_of(x)
+        if headers is not None:
+            members["headers"] = [{"name": name, **shown_bytes("value", value)} for name, value in headers]
         members |= shown_bytes("data", x.data)
     elif show == "data":
-        members["data"] = _data(x)
+        members["data"] = _data(x, decoder)
     return members
 
 

@@ -11,12 +11,14 @@ from cyclopts import Parameter
 
 from unlost.audit import Book, Books
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, span
-from unlost.cli.say import bold, clean, coloured, dim, note, out, print_json, warn
-from unlost.errors import Damaged
+from unlost.cli.say import bold, clean, clean_lines, coloured, dim, note, out, print_json, warn
+from unlost.errors import Damaged, Unavailable
 from unlost.ops import books as ledger
+from unlost.ops import ledger as statements
+from unlost.ops.outbox import OutboxStatus, outbox
 from unlost.ops.settings import hide_secrets, settings
-from unlost.ops.status import ServiceStatus
-from unlost.ops.status import status as look_at
+from unlost.ops.status import ServiceStatus, Status, TopicStatus
+from unlost.ops.status import look as look_at
 from unlost.ops.table import books_table, missing_lines
 from unlost.ops.topics import topics
 from unlost.world import REAL, rfc3339
@@ -34,13 +36,18 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
     - `unlost status`
     - `unlost status --json | jq '.services[] | select(.dead > 0)'`
     """
-    with looking(app, broker) as file:
-        found = look_at(file)
+    with looking(app, broker) as here:
+        found = look_at(here)
     now = REAL.now()
+    code = 0 if found.unreachable is None else Unavailable.exit_code
     if json:
-        print_json("status/1", _status_json(msgspec.to_builtins(found), found.services))
-        return 0
-    out(f"broker  {clean(found.path)}   {_size(found.bytes)}")
+        print_json("status/1", _status_json(msgspec.to_builtins(found), found))
+        return code
+    if found.broker == found.path:
+        out(f"broker  {clean(found.path)}   {_size(found.bytes)}")
+    else:
+        out(f"broker  {clean(found.broker)}")
+        out(f"store   {clean(found.path)}   {_size(found.bytes)}")
     out()
     if found.services:
         columns = ["SERVICE", "running", "partitions", "waiting", "oldest", "in flight", "retrying", "parked", "dead"]
@@ -58,10 +65,47 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
                 out(f"{bold(clean(s.name))}: {clean(todo)}")
     else:
         out("no service has run on it yet: unlost run")
-    out()
-    events = sum(t.events for t in found.topics)
-    out(f"{count(len(found.topics), 'topic')}, {count(events, 'event')}: unlost topic list")
-    return 0
+    if found.outbox is not None:
+        _print_gauges(found.services)
+        out()
+        out(_outbox_line(found.outbox, now))
+    if found.unreachable is None:
+        if found.outbox is None:
+            out()
+        events = sum(t.events for t in found.topics)
+        out(f"{count(len(found.topics), 'topic')}, {count(events, 'event')}: unlost topic list")
+    else:
+        note(warn("the broker does not answer; this is what the store knows", sys.stderr))
+        note(clean_lines(found.unreachable))
+    return code
+
+
+def _print_gauges(services: Sequence[ServiceStatus]) -> None:
+    """How far each service is, over all its partitions; each partition by itself: --json."""
+    rows = [
+        [
+            clean(s.name),
+            *(f"{sum(getattr(u, gauge) for u in s.units):,}" for gauge in ("highest_seen", "highest_succeeded")),
+            f"{sum(u.highest_sequential for u in s.units):,}", f"{sum(u.incompletes for u in s.units):,}",
+        ]
+        for s in services
+    ]  # fmt: skip
+    if rows:
+        out()
+        for line in aligned([["PROGRESS", "seen", "succeeded", "sequential", "incomplete"], *rows], left="lrrrr"):
+            out(line)
+
+
+def _outbox_line(o: OutboxStatus, now: int) -> str:
+    if not o.events and not o.copies:
+        return "outbox  empty"
+    copies = (
+        f", {count(o.copies, 'copy') if o.copies == 1 else f'{o.copies:,} copies'} of dead letters" if o.copies else ""
+    )
+    line = f"outbox  {count(o.events, 'event')} accepted and not in the log yet{copies}, the oldest for {_age(o.oldest, now)}"
+    if o.stands_still:
+        return warn(f"{line}; nobody sends them: unlost run")
+    return f"{line}; pid {o.relay} sends them"
 
 
 def _alive(s: ServiceStatus) -> str:
@@ -69,13 +113,19 @@ def _alive(s: ServiceStatus) -> str:
     return f"{s.alive} ({hung} hung)" if hung else str(s.alive)
 
 
-def _status_json(members: dict[str, Any], services: Sequence[ServiceStatus]) -> dict[str, Any]:
-    for found, s in zip(members["services"], services, strict=True):
+def _status_json(members: dict[str, Any], status: Status) -> dict[str, Any]:
+    if status.outbox is not None:
+        members["outbox"] = _outbox_json(status.outbox)
+    for found, s in zip(members["services"], status.services, strict=True):
         found["alive"] = s.alive
         found["oldest"], found["next_retry"] = _time(s.oldest), _time(s.next_retry)
     for topic in members["topics"]:
         topic["oldest"], topic["newest"] = _time(topic["oldest"]), _time(topic["newest"])
     return members
+
+
+def _outbox_json(o: OutboxStatus) -> dict[str, Any]:
+    return {**msgspec.to_builtins(o), "oldest": _time(o.oldest)}
 
 
 def audit(
@@ -90,6 +140,9 @@ def audit(
     verify: Annotated[
         bool, Parameter(name="--verify", negative="", help="Also read every stored event and check its checksum.")
     ] = False,
+    export: Annotated[
+        bool, Parameter(name="--export", negative="", help="Also write the books to the topic unlost.ledger (Kafka).")
+    ] = False,
     app: OfApp = None,
     broker: BrokerUrl = None,
     json: Json = False,
@@ -100,7 +153,10 @@ def audit(
     If it is not, the missing events are named with where they were last seen, and the command ends with 3.
     Safe at any time, also while services run.
 
-    **Needs** only the broker.
+    On Kafka the log's offsets say what was accepted, so that events of other producers are counted as well; what the
+    log let go of unread is named. `--verify` reads what was handled once more and compares it with what was counted.
+
+    **Needs** only the broker; on Kafka also the store.
 
     **Examples**
 
@@ -108,32 +164,50 @@ def audit(
     - `unlost audit --verify` also reads and checks every stored event
     - `unlost audit --json | jq .unaccounted`
     """
-    with looking(app, broker) as file:
-        found = ledger.books(file, service)
-        named = ledger.name_missing(file, found.missing)
-        problems = ledger.verify(file) if verify else []
-        path = file.path
+    with looking(app, broker) as here:
+        file, log = here.pair()
+        place = statements.place(log) if export else None
+        waiting = outbox(
+            file
+        )  # before the log is asked: what leaves it in between is counted twice, and never not at all
+        examined = ledger.examine_all(file, service, log=log, read_again=verify and not here.embedded)
+        found = examined.books
+        named = ledger.name_missing(file, found.missing, log=log)
+        problems = ledger.verify(file, log=log) if verify else []
+        written = 0 if place is None else statements.export(file, place, service)
+        elsewhere = not here.embedded
+        name = here.name
     code = 0 if found.balanced and not problems else LOSS
     if json:
         print_json(
             "audit/1",
             {
-                "broker": str(path), "balanced": found.balanced, "unaccounted": found.unaccounted,
+                "broker": name, "balanced": found.balanced, "unaccounted": found.unaccounted,
                 "services": [_book_json(book) for book in found.services.values()],
                 "missing": [_missing_json(m) for m in named], "missing_more": found.unaccounted - len(named),
                 "findings": found.findings, "unaccountable": found.unaccountable,
-                "verified": verify, "damaged": problems,
+                "verified": verify, "damaged": problems, "ranges": found.ranges, "unverified": examined.unverified,
+                "outbox": _outbox_json(waiting) if elsewhere else None,
+                "exported": written if place is not None else None,
             },
         )  # fmt: skip
         return code
     _print_books(found, named, all)
     for problem in problems:
         out(warn(f"damaged: {clean(problem)}"))
-    if verify and not problems:
+    if elsewhere and (waiting.events or waiting.copies):
+        out(_outbox_line(waiting, REAL.now()))
+    if verify and not problems and not elsewhere:
         out("every stored event matches its checksum")
+    if verify and elsewhere:
+        out(f"read again: the events of {count(examined.compared, 'partition')} compared with what was counted")
+        for text in examined.unverified:
+            out(f"cannot be verified: {clean(text)}")
+    if place is not None:
+        out(f"{count(written, 'statement')} written to {clean(place.name)}")
     if code:
         note(warn("the books do not balance" if not found.balanced else "stored events are damaged", sys.stderr))
-    out(dim(f"broker {clean(path)}"))
+    out(dim(f"broker {clean(name)}"))
     return code
 
 
@@ -157,23 +231,33 @@ def _missing_json(m: ledger.Named) -> dict[str, Any]:
 def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
     """List the topics: partitions, events, and who reads them.
 
-    **Needs** only the broker.
+    On Kafka also how many replicas each has, how many of them must have an event before it is accepted, and what an
+    accepted event survives by that.
+
+    **Needs** only the broker; who reads them stands in the store.
 
     **Example**
 
     - `unlost topic list`
     """
-    with looking(app, broker) as file:
-        found = topics(file)
-        path = file.path
+    with looking(app, broker) as here:
+        found = topics(here.store, log=here.log)
+        elsewhere, name = not here.embedded, here.name
+        known = here.store is not None
     if json:
         rows = [{**msgspec.to_builtins(t), "oldest": _time(t.oldest), "newest": _time(t.newest)} for t in found]
-        print_json("topics/1", {"broker": str(path), "topics": rows})
+        print_json("topics/1", {"broker": name, "topics": rows})
         return 0
     if not found:
-        out(f"no topics in {clean(path)}")
+        out(f"no topics in {clean(name)}")
         return 0
     now = REAL.now()
+    if elsewhere:
+        for line in _replicated(found, now):
+            out(line)
+        if not known:
+            note(f"who reads them is not known: there is no store at {clean(here.path)}")
+        return 0
     rows_of_text = [
         [
             clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
@@ -184,6 +268,19 @@ def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = Fals
     for line in aligned([["TOPIC", "partitions", "events", "newest", "kept", "read by"], *rows_of_text], left="lrrrrl"):
         out(line)
     return 0
+
+
+def _replicated(found: Sequence[TopicStatus], now: int) -> list[str]:
+    rows = [
+        [
+            clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
+            "all" if t.retention is None else span(t.retention), f"{t.replication}, min {t.min_insync}",
+            clean(t.survives), ", ".join(map(clean, t.services)) or "nobody",
+        ]
+        for t in found
+    ]  # fmt: skip
+    titles = ["TOPIC", "partitions", "positions", "newest", "kept", "replicas", "survives", "read by"]
+    return aligned([titles, *rows], left="lrrrrlll")
 
 
 def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = False) -> int:

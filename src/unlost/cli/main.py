@@ -33,6 +33,7 @@ _COMMANDS = (
     ("status", "look:status", _LOOK, "[OPTIONS]"),
     ("audit", "look:audit", _LOOK, "[OPTIONS]"),
     ("tail", "tail:tail", _LOOK, "[TYPE] [OPTIONS]"),
+    ("doctor", "doctor:doctor", _LOOK, "[OPTIONS]"),
     ("topic list", "look:topic_list", _LOOK, "[OPTIONS]"),
     ("config", "look:show_config", _LOOK, "[OPTIONS]"),
     ("dead list", "dead:dead_list", _RIGHT, "[OPTIONS]"),

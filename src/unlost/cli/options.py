@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from unlost.errors import Damaged
 
 if TYPE_CHECKING:
-    from unlost.sqlite.file import File
+    from unlost.ops.connect import Looking
 
 AppName = Annotated[
     str | None,
@@ -28,31 +28,29 @@ Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON obje
 JsonLines = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object per line instead of text.")]
 
 
-def url_of(app: str | None, broker: str | None) -> str | None:
-    """The broker to look at: the flag, else what the code of an App says that was named with `--app`."""
-    if app is None:
-        return broker
-    from unlost.ops.load import load
-
-    loaded = load(app)  # also without need of its URL: whoever names an App wants it imported
-    return broker if broker is not None else loaded.app.broker_url
-
-
 @contextmanager
-def looking(app: str | None, broker: str | None) -> Iterator[File]:
-    """The broker's file, for commands that only look. What is stored in it and cannot be understood is damage.
+def looking(app: str | None, broker: str | None) -> Iterator[Looking]:
+    """The broker, for commands that only look: the one of the flag, else what the code of an App says that was named
+    with `--app`. What is stored there and cannot be understood is damage.
 
     Raises:
         Damaged: a row is not as unlost writes it.
     """
     from unlost.ops.connect import opened
 
-    with opened(url_of(app, broker)) as file:
+    url, store, decoders = broker, None, None
+    if app is not None:
+        from unlost.ops.load import load
+
+        found = load(app).app  # also without need of its URL: whoever names an App wants it imported
+        url, store = broker if broker is not None else found.broker_url, found.store_url
+        decoders = {topic.name: topic.decoder for topic in found.topics.values() if topic.decoder is not None}
+    with opened(url, store=store, decoders=decoders) as here:
         try:
-            yield file
+            yield here
         except (LookupError, TypeError, ValueError, OverflowError, msgspec.MsgspecError) as e:
             raise Damaged(
-                "UL3011", f"{file.path} holds something that cannot be understood", found=f"{type(e).__name__}: {e}",
+                "UL3011", f"{here.path} holds something that cannot be understood", found=f"{type(e).__name__}: {e}",
                 fix="stop all processes, keep a copy of the folder, and restore the newest good copy",
             ) from e  # fmt: skip
 

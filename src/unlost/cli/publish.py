@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -14,7 +14,7 @@ from unlost.app import App
 from unlost.brokers.port import Receipt
 from unlost.cli.options import AppName, BrokerUrl, JsonLines, count
 from unlost.cli.say import clean, clean_lines, nobody_reads, note, out, print_json, red
-from unlost.errors import UnlostError, UsageError
+from unlost.errors import PartlyPublished, UnlostError, UsageError
 from unlost.events import Envelope, Event, seal
 from unlost.ops.load import load
 from unlost.ops.publish import LINE_BYTES_MAX, build, find_class, read_line, split_fields
@@ -108,7 +108,8 @@ async def _accept_one(app: App, envelope: Envelope) -> Receipt:
 
 def _say_if_made(app: App) -> None:
     if app.file.created:
-        note(f"made {clean(app.file.path)}")
+        what = "" if app.broker.abilities.commits_with_store else "the store "
+        note(f"made {what}{clean(app.file.path)}")
 
 
 class _Lines:
@@ -145,27 +146,38 @@ class _Lines:
             try:
                 if len(raw) > LINE_BYTES_MAX:
                     raise UsageError("UL1327", f"a line has at most {LINE_BYTES_MAX} bytes")
-                batch.append((self._number, read_line(raw, self._cls, source=self._app.name, now=REAL.now())))
+                envelope = read_line(raw, self._cls, source=self._app.name, now=REAL.now())
+                self._app.broker.check(envelope)
+                batch.append((self._number, envelope))
             except UnlostError as e:
-                self._refuse(e)
+                self._refuse(e, self._number)
         if batch:
-            receipts = runner.run(self._app.accept([envelope for _, envelope in batch]))
-            self._accepted += len(receipts)
+            failed: PartlyPublished | None = None
+            try:
+                receipts: Sequence[Any] = runner.run(self._app.accept([envelope for _, envelope in batch]))
+            except PartlyPublished as e:
+                receipts, failed = e.receipts, e
+            self._accepted += sum(receipt is not None for receipt in receipts)
             try:
                 for (number, _), receipt in zip(batch, receipts, strict=True):
-                    _acknowledge(receipt, self._json, number)
+                    if receipt is not None:
+                        _acknowledge(receipt, self._json, number)
                 sys.stdout.flush()
             except (
                 BrokenPipeError
             ):  # whoever read the receipts has left; the rest of the input is published all the same
                 nobody_reads()
+            if failed is not None:
+                for place, error in sorted(failed.failed.items()):
+                    self._refuse(error, batch[place][0])
+                raise failed
 
-    def _refuse(self, e: UnlostError) -> None:
+    def _refuse(self, e: UnlostError, number: int) -> None:
         self._refused += 1
         if self._json:
-            members = {"line": self._number, "code": e.code, "what": e.what, "found": e.found, "fix": e.fix}
+            members = {"line": number, "code": e.code, "what": e.what, "found": e.found, "fix": e.fix}
             print_json("refused/1", members)
-        note(red(clean_lines(f"line {self._number}: {e}")))
+        note(red(clean_lines(f"line {number}: {e}")))
 
     def _summary(self) -> None:
         refused = f", {count(self._refused, 'line')} refused" if self._refused else ""

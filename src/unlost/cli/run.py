@@ -59,7 +59,7 @@ def run(
         print_json("run/1", {"state": "starting", "services": names})
     loaded.app.run(service)
     if json:
-        print_json("run/1", {"state": "ended", "services": names, "broker": loaded.app.url})
+        print_json("run/1", {"state": "ended", "services": names, "broker": config.hide_secrets(loaded.app.url)})
     return 0
 
 

@@ -65,8 +65,8 @@ def tail(
     show = "raw" if raw else "data" if data else "none"
     if show == "data" and app is None and config.setting("app").value:
         load()
-    with looking(app, broker) as file:
-        source = Tail(file, type=type, key=key)
+    with looking(app, broker) as here:
+        source = Tail(here.log, type=type, key=key)
         source.stopped = interrupted.is_set
         shown = 0
         try:
@@ -79,7 +79,7 @@ def tail(
             return 0 if follow else 130  # Ctrl-C is how following ends
         if not shown and not json:
             what = " ".join(filter(None, [type or "", f"with key {key}" if key is not None else ""]))
-            note(f"no events {clean(what)}".rstrip() + f" in {clean(file.path)}")
+            note(f"no events {clean(what)}".rstrip() + f" in {clean(here.name)}")
     return 0
 
 
@@ -103,7 +103,9 @@ def _print_line(seen: Seen, show: str) -> None:
     when = rfc3339(a.recorded)[:23] + "Z"
     place = f"{topic}/{partition}:{a.position}"
     if a.envelope is None:
-        out(f"{when}  (no event: {clean(a.problem, 100)})  {key_text(a.key)}  {place}")
+        out(f"{when}  (no event: {clean(' '.join(a.problem.split()), 100)})  {key_text(a.key)}  {place}")
+        if show == "raw":
+            out("    " + clean((a.data or b"").decode("utf-8", "backslashreplace")))
         return
     e = a.envelope
     out(f"{when}  {clean(e.type)}  {key_text(a.key)}  {dim(place + '  ' + clean(e.id))}")

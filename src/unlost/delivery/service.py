@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -55,6 +56,11 @@ class Handler:
     deadline: float
     retry: Retry
     concurrency: int
+
+    @functools.cached_property
+    def turns_away(self) -> bool:
+        """Whether an event may be not for it: a duplicate, or not what `where` wants."""
+        return self.where is not None or self.guarantee == "effectively-once"
 
 
 class Service:

@@ -63,6 +63,7 @@ SAVE_SECONDS = 10.0  # how long a stop waits for the store
 CANCEL_AGAIN_SECONDS = 1.0
 CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when the service stops
 CANCELS_MAX = 10
+LANES_KEPT = 10_000  # of one unit: a key that comes again finds its lane
 YIELD_EVERY = 32  # deliveries of one runner before others get their turn
 SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
 
@@ -141,7 +142,8 @@ class Worker:
         if fate is None:
             try:
                 event = self._decode(d)
-                fate = self._turned_away(d, event)
+                if handler.turns_away:
+                    fate = self._turned_away(d, event)
                 if fate is None:
                     if handler.takes_context:
                         ctx = self._context(d)
@@ -225,7 +227,7 @@ class Worker:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
-        run.begin(d, self.world.monotonic(), alone=self._suspicion.count > 0)
+        run.begin(d, self.world.monotonic(), self._suspicion.count > 0)
         if self.probe is not None:
             self.probe("started", d)
         error: BaseException | None = None
@@ -240,7 +242,7 @@ class Worker:
             error = e  # whoever cancelled it: that is a failure, not a success
         finally:
             late = run.end()
-        if run.cancelled:
+        if run.task is not None and run.task.cancelling() and run.cancelled:
             await run.shake_off()
         if run.given_up and error is not None:
             if ctx is not None:
@@ -598,6 +600,7 @@ class Worker:
         task = asyncio.current_task()
         assert task is not None
         run.task = task
+        active = self._active
         count = 0
         while not run.given_up:
             lane = self._choose()
@@ -616,31 +619,42 @@ class Worker:
             owned.running += 1
             run.lane = lane
             try:
-                if lane.head is None:
+                if lane.stored and not lane.loaded:
                     await self._load(lane)
                 d = lane.head
                 if d is not None and (owned.gone or owned.draining):
                     self._let_on(d.handler.name)
                 elif d is not None and not self._held_back(lane, d):
-                    await self._run_one(d, run)
+                    name = d.handler.name
+                    active[name] = active.get(name, 0) + 1
+                    try:
+                        await self.deliver(d, run)
+                        if self._suspicion.count or self._outage.suspected:
+                            await self._take_care(name)
+                    finally:
+                        active[name] -= 1
+                        if self._held.get(name):
+                            for _ in range(d.handler.concurrency - active[name]):
+                                self._let_on(name)
                     self.delivered += 1
             finally:
                 run.lane = None
                 lane.running = False
                 owned.running -= 1
-                self._changed.set()
-            if lane.empty:
-                owned.drop(lane)
-            else:
+                if owned.draining or self._stopping:
+                    self._changed.set()
+            if lane.queue or not lane.empty:
                 self._start(lane)
-            if self._ready:
+            elif lane.key is None or len(owned.lanes) > LANES_KEPT:
+                owned.drop(lane)
+            if self._ready and self._idle:
                 self._wake_runner()
             if self._suspicion.count:
                 self._suspicion.pass_on()
             count += 1
-            if self._settler.full:
-                await self._settler.room()
             if count % YIELD_EVERY == 0:
+                if self._settler.full:
+                    await self._settler.room()
                 await asyncio.sleep(0)
 
     def _choose(self) -> Lane | None:
@@ -674,27 +688,20 @@ class Worker:
 
     def _held_back(self, lane: Lane, d: Delivery) -> bool:
         """Whether the handler has as many events in hand as it may; the lane then waits for one of them."""
-        limit = 1 if self._outage.lasts(d.handler.name) else d.handler.concurrency
-        if self._active.get(d.handler.name, 0) < limit:
+        name = d.handler.name
+        limit = 1 if self._outage.suspected and self._outage.lasts(name) else d.handler.concurrency
+        if self._active.get(name, 0) < limit:
             return False
-        self._held[d.handler.name].append(lane)
+        self._held[name].append(lane)
         lane.ready = True  # queued: just not with the others
         return True
 
-    async def _run_one(self, d: Delivery, run: _Running) -> None:
-        name = d.handler.name
-        self._active[name] = self._active.get(name, 0) + 1
-        try:
-            await self.deliver(d, run)
-            if self._suspicion.count:
-                await self._settler.flush()
-            if self._outage.lasts(name):  # keeps the handler's only place until the next probe
-                await self.world.wait_until(self.world.steady() + int(PROBE_SECONDS * 1e6), self._leaving)
-        finally:
-            self._active[name] -= 1
-            if self._held.get(name):
-                for _ in range(d.handler.concurrency - self._active[name]):
-                    self._let_on(name)
+    async def _take_care(self, name: str) -> None:
+        """After a delivery in hard times: suspects run one at a time, and a handler in an outage is only probed."""
+        if self._suspicion.count:
+            await self._settler.flush()
+        if self._outage.lasts(name):  # keeps the handler's only place until the next probe
+            await self.world.wait_until(self.world.steady() + int(PROBE_SECONDS * 1e6), self._leaving)
 
     def _let_on(self, name: str) -> None:
         """A handler has room again: the next lane that waited for that may go."""
@@ -1102,10 +1109,11 @@ class _Running:
         self._cancelled = 0.0
         self._cancels = 0
 
-    def begin(self, d: Delivery, now: float, *, alone: bool) -> None:
-        self._since, self._cancels = now, 0
+    def begin(self, d: Delivery, now: float, alone: bool) -> None:
+        self._since = now
+        self._cancels = 0
         self._delivery = d
-        self._hands.take_up(d.lane.owned.taken.address, d.position, alone)
+        self._hands.take_up(d.lane.owned.taken.address, d.arrival.position, alone)
 
     def end(self) -> bool:
         """True if the handler was past its deadline."""

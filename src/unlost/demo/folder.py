@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ _MARK = "# Made by `unlost demo`, which starts anew in this folder each time. Ke
 _PYPROJECT = f'{_MARK}\n[tool.unlost]\napp = "unlost.demo.shop"\n'
 
 
-def prepare(folder: Path) -> bool:
-    """An empty folder for a run. True if an earlier demo had to make place.
+def prepare(folder: Path, broker: str = "") -> bool:
+    """An empty folder for a run, whose settings name the broker (a URL without secrets), if it is none in the folder
+    itself. True if an earlier demo had to make place.
 
     Raises:
         UsageError: the folder is somebody else's, or an earlier demo is still running in it.
@@ -33,7 +35,7 @@ def prepare(folder: Path) -> bool:
         )
     try:
         folder.mkdir(exist_ok=True)
-        (folder / "pyproject.toml").write_text(_PYPROJECT)
+        (folder / "pyproject.toml").write_text(_PYPROJECT + (f"broker = {json.dumps(broker)}\n" if broker else ""))
     except OSError as e:
         raise UsageError(
             "UL1391", f"the demo cannot write to {folder}", found=str(e), fix="run it where you may write"
@@ -45,6 +47,11 @@ def broker_path(folder: Path) -> Path:
     return folder / ".unlost" / "events.db"
 
 
+def store_path(folder: Path) -> Path:
+    """The store of a run on a broker that keeps its log elsewhere."""
+    return folder / ".unlost" / "store.db"
+
+
 def _ours(folder: Path) -> bool:
     try:
         return (folder / "pyproject.toml").read_text().startswith(_MARK)
@@ -53,8 +60,8 @@ def _ours(folder: Path) -> bool:
 
 
 def _refuse_if_alive(folder: Path) -> None:
-    run = folder / ".unlost" / "events.db.run"
-    if any(examine(run, path.stem).alive for path in run.glob("*.process")):
+    runs = [path.with_name(path.name + ".run") for path in (broker_path(folder), store_path(folder))]
+    if any(examine(run, path.stem).alive for run in runs for path in run.glob("*.process")):
         raise UsageError(
             "UL1392", f"processes are at work in {folder}", found="a demo, or a service that was started there",
             fix="wait for it, or stop it",

@@ -18,12 +18,14 @@ STARTS_AGAIN_MAX = 3  # of a service that ends by itself
 class Processes:
     """Only ever touches processes that it started itself, by their pid."""
 
-    def __init__(self, folder: Path, url: str, bug: str | None) -> None:
+    def __init__(self, folder: Path, url: str, store: str | None, bug: str | None) -> None:
         self._folder = folder
         self.notes = folder / "notes"
         self.notes.mkdir(exist_ok=True)
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("UNLOST_")}
         self._environment["UNLOST_BROKER"] = url
+        if store is not None:
+            self._environment["UNLOST_STORE"] = store
         if bug is not None:
             self._environment["UNLOST_BREAK"] = bug
         if "PYTHONPATH" in os.environ:  # the services run in another folder

@@ -7,19 +7,21 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from urllib.parse import quote
 
 import apsw
 import msgspec
 
 from unlost import App, OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.audit import Books
-from unlost.brokers.embedded.log import partition_range
+from unlost.brokers.connect import kafka_log
+from unlost.brokers.embedded.log import EmbeddedLog
+from unlost.brokers.port import Log, Place
+from unlost.demo import broker as brokers
 from unlost.demo.folder import broker_path, prepare
 from unlost.demo.orders import Order, as_they_came, read_orders
 from unlost.demo.processes import SERVICES, Processes
 from unlost.demo.screen import Kill, Screen
-from unlost.demo.service import Place
+from unlost.demo.service import Place as Delivered
 from unlost.demo.verdict import Verdict, compare
 from unlost.events import Envelope
 from unlost.ops.books import Named, name_missing
@@ -68,52 +70,63 @@ def main(
     break_: str | None = None,
     folder: Path | None = None,
     json: bool = False,
+    broker: str | None = None,
 ) -> int:
     """Runs the demo and returns its exit code."""
-    place = (folder or Path.cwd() / "unlost-demo").absolute()
+    folder = (folder or Path.cwd() / "unlost-demo").absolute()
     screen = Screen(silent=json)
+    log: Log | None = None
     try:
         number = _number(orders)
         if kills < 0:
             raise UsageError("UL1393", "--kill takes the number of kills", found=str(kills), fix="0 or more")
-        _check_bug(break_)
+        place = brokers.place(folder, broker)
+        _check_bug(break_, on_kafka=place.on_kafka)
         chosen = read_orders(number)
-        anew = prepare(place)
-        screen.opening(len(chosen), kills, seed, break_, broker_path(place), anew)
-        result = asyncio.run(_Demo(chosen, kills, seed, break_, place, screen).run())
+        if place.on_kafka:
+            log = kafka_log(place.url)  # nothing is made before it answers
+        anew = prepare(folder, place.url if place.on_kafka and not place.has_secrets else "")
+        screen.opening(len(chosen), kills, seed, break_, broker_path(folder), place, anew)
+        result = asyncio.run(_Demo(chosen, kills, seed, break_, folder, place, screen, log).run())
     except UnlostError as e:
         print(e, file=sys.stderr)
         return e.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
         screen.interrupted()
         return 130
+    finally:
+        if log is not None:
+            log.close()
     if json:
         print(msgspec.json.encode(_as_json(result)).decode())
     else:
-        screen.closing(result, place, chosen)
+        screen.closing(result, folder, place, chosen)
     return result.exit_code
 
 
 class _Demo:
     def __init__(
-        self, orders: list[Order], kills: int, seed: int, bug: str | None, folder: Path, screen: Screen
-    ) -> None:
+        self, orders: list[Order], kills: int, seed: int, bug: str | None, folder: Path, place: brokers.Place,
+        screen: Screen, log: Log | None,
+    ) -> None:  # fmt: skip
         self.orders = orders
         self.kills = kills
         self.seed = seed
         self.bug = bug
         self.folder = folder
         self.screen = screen
-        self.url = f"embedded://{quote(str(broker_path(folder)))}"
+        self.place = place
+        self.log = log
         self.chance = World(seed).random
         self.struck: list[Kill] = []
         self.strikes_begun = 0
         self.published = 0
-        self.web = App(name="web", broker=self.url, schema="schema.sql")
-        self.processes = Processes(folder, self.url, bug)
+        self.web = App(name="web", broker=place.url, store=place.store, schema="schema.sql")
+        self.processes = Processes(folder, place.url, place.store, bug)
         self.began = REAL.monotonic()
         self._moved = REAL.monotonic()
         self._seen_commits = -1
+        self._ends: dict[Place, int] = {}  # of the log, when it was last asked
 
     @property
     def dealt(self) -> int:
@@ -198,7 +211,7 @@ class _Demo:
         self.strikes_begun += 1
         kill = Kill(service=service, pid=pid, at=at, in_hands=len(hands))
         self.screen.struck(kill, len(self.struck), self.kills)
-        end = REAL.monotonic() + BACK_SECONDS
+        end = REAL.monotonic() + BACK_SECONDS * self.place.patience
         while not self._is_back(service, hands) and REAL.monotonic() < end:
             await self._look()
         again = len(hands & self.processes.given(service, self.processes.pid(service)).keys())
@@ -208,13 +221,13 @@ class _Demo:
         self.struck.append(back)
         self.screen.back(back, len(self.struck) - 1, self.kills)
 
-    def _in_hands(self, service: str) -> set[Place]:
+    def _in_hands(self, service: str) -> set[Delivered]:
         """What the service's process was given to handle, and what has no outcome."""
         given = self.processes.given(service, self.processes.pid(service))
         fated = self.file.read(lambda c: _fated(c, service))
         return {place for place in given if place[0] not in fated or place[1] not in fated[place[0]]}
 
-    def _is_back(self, service: str, hands: set[Place]) -> bool:
+    def _is_back(self, service: str, hands: set[Delivered]) -> bool:
         """It owns partitions again, and was given again what the dead one had in its hands, or never will be: a planted
         bug may have moved the position past it."""
         pid = self.processes.pid(service)
@@ -250,12 +263,26 @@ class _Demo:
     def _at_end(self) -> bool:
         """Every service has handled all there is. Where a planted bug has moved a position past events without an outcome,
         nobody can say whether these will still be handled; then a while without any commit has to do."""
-        if not self.file.read(_is_drained):
+        if not self._is_drained():
             return False
         return not self.file.read(_passed_over) or self._quiet_seconds() > QUIET_SECONDS
 
+    def _is_drained(self) -> bool:
+        """Every service is at the end of the log, nobody waits for a retry, and nothing of what was accepted is still on
+        its way into the log. First what the store says, then the log: so nothing can hide between the two."""
+        log = self.log or EmbeddedLog(self.file)
+
+        def work() -> bool:
+            positions = self.file.read(_idle_positions)
+            if positions is None or any(at < self._ends.get(p, 0) for p, at in positions):
+                return False
+            self._ends = dict(log.ends({place for place, _ in positions}))
+            return all(at >= self._ends[place] for place, at in positions)
+
+        return log.together(work)
+
     def _stalled(self) -> bool:
-        return self._quiet_seconds() > STALL_SECONDS or self.processes.given_up
+        return self._quiet_seconds() > STALL_SECONDS * self.place.patience or self.processes.given_up
 
     def _quiet_seconds(self) -> float:
         """How long ago anything was last seen to be committed."""
@@ -273,10 +300,10 @@ class _Demo:
         return min(self._done("settlement"), self._done("notification")) + dead
 
     def _result(self, complete: bool, seconds: float) -> Result:
-        books = balance(self.file)
+        books = balance(self.file, log=self.log)
         return Result(
             orders=len(self.orders), seed=self.seed, bug=self.bug, seconds=seconds, kills=self.struck, books=books,
-            named=name_missing(self.file, books.missing),
+            named=name_missing(self.file, books.missing, log=self.log),
             verdict=compare(self.orders, self.file, self.folder / "letters.txt", self.processes.all_notes()),
             troubles=self.processes.troubles(), complete=complete,
         )  # fmt: skip
@@ -291,7 +318,7 @@ def _number(orders: str) -> int | None:
     raise UsageError("UL1394", "--orders takes a number, or `all`", found=repr(orders), fix="--orders 5000")
 
 
-def _check_bug(name: str | None) -> None:
+def _check_bug(name: str | None, *, on_kafka: bool) -> None:
     if name is None:
         return
     from unlost.testing import sabotage
@@ -300,6 +327,12 @@ def _check_bug(name: str | None) -> None:
         raise UsageError(
             "UL1395", f"there is no planted bug named {name!r}", found=f"there are {', '.join(sorted(sabotage.BUGS))}"
         )
+    why = sabotage.BUGS[name].only_embedded
+    if on_kafka and why:
+        raise UsageError(
+            "UL1397", f"the planted bug {name!r} makes no sense on Kafka", found=why,
+            fix="--break ack-first, or run it on the embedded broker",
+        )  # fmt: skip
 
 
 def _as_json(result: Result) -> dict[str, object]:
@@ -346,16 +379,16 @@ def _dead(c: apsw.Connection, service: str) -> int:
     return int(number)
 
 
-def _is_drained(c: apsw.Connection) -> bool:
-    """Every service is at the end of the log, and nobody waits for a retry."""
-    topic = c.execute("select first_number, partitions from unlost_topic where name = 'shop'").fetchone()
-    if topic is None:
-        return False
-    ends = [partition_range(c, topic[0] + n)[1] for n in range(topic[1])]
-    rows = c.execute("select service, partition, position from unlost_progress").fetchall()
-    waiting = c.execute("select count(*) from unlost_waiting where due is not null").fetchone()[0]
-    at_end = all(position >= ends[partition] for _, partition, position in rows)
-    return at_end and not waiting and {service for service, _, _ in rows} >= set(SERVICES)
+def _idle_positions(c: apsw.Connection) -> list[tuple[Place, int]] | None:
+    """From where each service goes on; None while anything waits for a retry or is on its way into the log."""
+    if c.execute("select 1 from unlost_outbox where raw is null limit 1").fetchone() is not None:
+        return None
+    if c.execute("select 1 from unlost_waiting where due is not null limit 1").fetchone() is not None:
+        return None
+    rows = c.execute("select service, topic, partition, position from unlost_progress").fetchall()
+    if not {service for service, *_ in rows} >= set(SERVICES):
+        return None
+    return [((topic, partition), position) for _, topic, partition, position in rows]
 
 
 def _passed_over(c: apsw.Connection) -> bool:

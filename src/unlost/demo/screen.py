@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from unlost.demo.broker import Place
+from unlost.demo.folder import store_path
 from unlost.demo.orders import Order
 from unlost.demo.processes import SERVICES
 from unlost.ops.table import books_table, missing_lines
@@ -54,12 +56,21 @@ class Screen:
         self._clear()
         print(text, flush=True)
 
-    def opening(self, orders: int, kills: int, seed: int, bug: str | None, path: Path, anew: bool) -> None:
+    def opening(
+        self, orders: int, kills: int, seed: int, bug: str | None, path: Path, place: Place, anew: bool
+    ) -> None:
         parts = [f"{orders:,} real orders", f"{len(SERVICES)} services, each its own process", f"{kills} × kill -9"]
         self.say(" · ".join([*parts, f"seed {seed}"]))
-        self.say(f"broker  {shown(path)}   one file, fsync before every acknowledgement")
+        if place.on_kafka:
+            self.say(f"broker  {place.shown}   all in-sync replicas have an event before it is acknowledged")
+            self.say(f"store   {shown(store_path(path.parent.parent))}")
+        else:
+            self.say(f"broker  {shown(path)}   one file, fsync before every acknowledgement")
         if anew:
-            self.say("        the events of the earlier demo there are gone")
+            what = (
+                "what an earlier demo kept there is" if place.on_kafka else "the events of the earlier demo there are"
+            )
+            self.say(f"        {what} gone")
         if bug is not None:
             self.say(f"planted {bug}: a classic bug; the audit below should find what it does")
         self.say()
@@ -104,7 +115,7 @@ class Screen:
         self._clear()
         print("interrupted; no process of the demo is left running", file=sys.stderr)
 
-    def closing(self, result: Result, folder: Path, orders: Sequence[Order]) -> None:
+    def closing(self, result: Result, folder: Path, place: Place, orders: Sequence[Order]) -> None:
         v, books = result.verdict, result.books
         self.say(books_table(books, services=[s for s in SERVICES if s in books.services], color=self._color))
         self.say()
@@ -130,7 +141,9 @@ class Screen:
             self.say(f"\x1b[1;31m{line}\x1b[0m" if self._color else line)
         self.say()
         if result.exit_code == 0:
-            self._balanced(result, folder, orders)
+            self._balanced(result, folder, place, orders)
+        if place.on_kafka:
+            self.say(f"The topics {place.prefix}* stay on the cluster; delete them when you have seen enough.")
 
     def _complaints(self, result: Result) -> list[str]:
         v, lines = result.verdict, missing_lines(result.books, result.named, shown=NAMES_SHOWN)
@@ -151,7 +164,7 @@ class Screen:
             lines.append("the work did not come to an end: nothing moved any more")
         return ["", *lines] if lines else []
 
-    def _balanced(self, result: Result, folder: Path, orders: Sequence[Order]) -> None:
+    def _balanced(self, result: Result, folder: Path, place: Place, orders: Sequence[Order]) -> None:
         if result.bug is not None:
             self.say(f"The bug {result.bug} did no harm in this run. Try more: --orders all --kill 20")
             return
@@ -160,6 +173,8 @@ class Screen:
         customer = orders[min(17, len(orders)) - 1].customer_id
         cd = f"cd {shown(folder).removeprefix('./')}"
         self.say(f"  {cd:<33} then: unlost audit · unlost dead list · unlost tail --key {customer}")
+        if place.on_kafka and (place.has_secrets or "UNLOST_BROKER" in os.environ):
+            self.say(f"  with UNLOST_BROKER='{place.shown}'" + (" (and your password)" if place.has_secrets else ""))
 
     def _clear(self) -> None:
         if self._line:

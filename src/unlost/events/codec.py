@@ -491,9 +491,10 @@ def from_headers(
 # ---- the short way: what we write ourselves is read by its layout
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where things stand in a message whose headers have these names."""
 
+    names: tuple[str, ...]
     version: int
     id: int
     source: int
@@ -507,18 +508,22 @@ class _Layout(NamedTuple):
 
 _LAYOUTS_MAX = 1024
 _PEEK_BYTES_MAX = 4096  # of all headers; what is larger is read with more care
-_layouts: dict[tuple[str, ...], _Layout | None] = {}
+_layouts: dict[tuple[str, ...], Layout | None] = {}
 
 
-def peek(headers: Sequence[tuple[str, bytes | None]]) -> tuple[str, int, bool] | None:
-    """Type, `event_hash` and whether it is version 1 in JSON, of a message in binary mode, if `read_peeked` is sure to make the same envelope of it as
-    `from_headers`; None: ask that one.
+def peek(
+    headers: Sequence[tuple[str, bytes | None]],
+) -> tuple[str, int, bool, tuple[bytes, ...], Layout] | None:
+    """Type, `event_hash`, whether it is version 1 in JSON, and what `read_peeked` needs, of a message in binary mode:
+    if the envelope is sure to be the one that `from_headers` makes. None: ask that one.
 
     >>> peek([("ce_specversion", b"1.0"), ("ce_id", b"1"), ("ce_source", b"a"), ("ce_type", b"t"),
     ...       ("ce_time", b"2026-01-02T03:04:05.000006Z")])[0]
     't'
     """
-    names = tuple([name for name, _ in headers])
+    if not headers:
+        return None
+    names, values = zip(*headers, strict=True)
     try:
         layout = _layouts[names]
     except KeyError:
@@ -526,38 +531,34 @@ def peek(headers: Sequence[tuple[str, bytes | None]]) -> tuple[str, int, bool] |
     if layout is None:
         return None
     try:
-        joined = b"".join([value for _, value in headers])  # type: ignore[misc]
-        if not joined.isascii() or len(joined) > _PEEK_BYTES_MAX or headers[layout.version][1] != b"1.0":
+        joined = b"".join(values)
+        if not joined.isascii() or len(joined) > _PEEK_BYTES_MAX or values[layout.version] != b"1.0":
             return None
-        id, source = headers[layout.id][1], headers[layout.source][1]
-        type = headers[layout.type][1].decode()  # type: ignore[union-attr]
-        time = headers[layout.time][1].decode()  # type: ignore[union-attr]
-        kind = headers[layout.kind][1] if layout.kind >= 0 else b""
-        if kind != b"application/json" and (kind is None or b"cloudevents" in kind.lower()):
-            return None
-        revision = headers[layout.revision][1] if layout.revision >= 0 else b"1"
+        id, source = values[layout.id], values[layout.source]
+        type, time = values[layout.type].decode(), values[layout.time].decode()
+        kind = values[layout.kind] if layout.kind >= 0 else b""
+        revision = values[layout.revision] if layout.revision >= 0 else b"1"
         if (
-            not (id and source and type and revision and type.isprintable())
-            or not (id.decode().isprintable() and source.decode().isprintable())
+            not (id and source and type and revision)
+            or not f"{type}{id.decode()}{source.decode()}".isprintable()
             or len(time) != 27 or time[26] != "Z" or time[19] != "." or not time[20:26].isdigit()
             or not is_second(time[:19])
+            or (kind != b"application/json" and b"cloudevents" in kind.lower())
             or (revision != b"1" and not (revision.isdigit() and len(revision) < 9 and int(revision) > 0))
         ):  # fmt: skip
             return None
-    except (TypeError, AttributeError):  # a header without a value
+    except TypeError:  # a header without a value
         return None
     digest = blake2b(source + b"\0" + id, digest_size=8).digest()
     simple = kind == b"application/json" and revision == b"1"
-    return type, int.from_bytes(digest, "big", signed=True), simple
+    return type, int.from_bytes(digest, "big", signed=True), simple, values, layout
 
 
 def read_peeked(
-    headers: Sequence[tuple[str, bytes | None]], data: bytes | None, *, topic: str, key: bytes | None, recordedtime: str
+    values: tuple[bytes, ...], layout: Layout, data: bytes | None, *, topic: str, key: bytes | None, recordedtime: str
 ) -> Envelope:
     """The envelope of a message that `peek` has vouched for."""
-    layout = _layouts[tuple([name for name, _ in headers])]
-    assert layout is not None
-    texts = [(value or b"").decode() for _, value in headers]
+    texts = [value.decode() for value in values]
     return Envelope(
         id=texts[layout.id], source=texts[layout.source], type=texts[layout.type], time=texts[layout.time],
         topic=topic, key=key, data=data, recordedtime=recordedtime,
@@ -568,7 +569,7 @@ def read_peeked(
     )  # fmt: skip
 
 
-def _learn(names: tuple[str, ...]) -> _Layout | None:
+def _learn(names: tuple[str, ...]) -> Layout | None:
     """The layout of these names, or None if there is anything about them that needs care."""
     at: dict[str, int] = {}
     texts: list[tuple[int, str]] = []
@@ -587,8 +588,8 @@ def _learn(names: tuple[str, ...]) -> _Layout | None:
             plain.append((i, name))
     layout = None
     if sure and {"ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time"} <= set(at):
-        layout = _Layout(
-            at["ce_specversion"], at["ce_id"], at["ce_source"], at["ce_type"], at["ce_time"],
+        layout = Layout(
+            names, at["ce_specversion"], at["ce_id"], at["ce_source"], at["ce_type"], at["ce_time"],
             at.get(CONTENT_TYPE, -1), at.get("ce_unlostversion", -1), tuple(texts), tuple(plain),
         )  # fmt: skip
     if len(_layouts) >= _LAYOUTS_MAX:  # somebody makes up names

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from unlost.events.codec import encode_head, read_peeked
+from unlost.events.codec import Layout, encode_head, read_peeked
 from unlost.events.envelope import Envelope
 from unlost.events.model import Event
 from unlost.world import rfc3339
@@ -98,8 +98,8 @@ class Arrival(msgspec.Struct, gc=False):
 
     - `head` is how its attributes are stored beside `data`; None: as `encode_head` writes the envelope.
     - `rule` is the declared rule by which it is nobody's business (`skipped`).
-    - `headers`, with `topic`, `type`, `hash` and `simple`: what `codec.peek` has vouched for. Most handlers never ask for the
-      envelope, so it is made when somebody does.
+    - `type`, `hash`, `simple`, `values` and `layout` are what `codec.peek` has found and vouched for. Most handlers
+      never ask for the envelope, so it is made when somebody does.
     """
 
     position: int
@@ -110,23 +110,25 @@ class Arrival(msgspec.Struct, gc=False):
     data: bytes | None
     problem: str = ""
     rule: str = ""
-    headers: Sequence[tuple[str, bytes | None]] | None = None
     topic: str = ""
     type: str | None = None
     hash: int = 0
     simple: bool = False  # version 1, and JSON
+    values: tuple[bytes, ...] = ()
+    layout: Layout | None = None
 
     @property
     def envelope(self) -> Envelope | None:
-        if self.known is None and self.headers is not None:
+        if self.known is None and self.layout is not None:
             self.known = read_peeked(
-                self.headers, self.data, topic=self.topic, key=self.key, recordedtime=rfc3339(self.recorded)
-            )
+                self.values, self.layout, self.data, topic=self.topic, key=self.key,
+                recordedtime=rfc3339(self.recorded),
+            )  # fmt: skip
         return self.known
 
     @property
     def size(self) -> int:
-        return len(self.head or b"") + len(self.data or b"") + len(self.key or b"")
+        return (len(self.data) if self.data is not None else 0) + (len(self.head) if self.head is not None else 0)
 
     @property
     def stored_head(self) -> bytes:

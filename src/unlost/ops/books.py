@@ -93,14 +93,14 @@ def examine_all(
         if services:
             found = [s for s in found if s.unit.service in services]
             traces = [(name, text) for name, text in traces if name in services]
-        infos = {t.name: t for t in log.topics({s.unit.topic for s in found})}  # after the store: the log is never behind it
+        infos = {
+            t.name: t for t in log.topics({s.unit.topic for s in found})
+        }  # after the store: the log is never behind it
         again = _Again(log, found, infos) if read_again else None
         digests = {} if again is None else again.digests
         evidence = [_evidence(s, infos.get(s.unit.topic), log, digests) for s in found]
         balanced = reconcile(evidence, [text for _, text in traces], list(_changed(found, infos)))
-        return Examined(
-            books=balanced, compared=len(digests), unverified=[] if again is None else again.unverified
-        )
+        return Examined(books=balanced, compared=len(digests), unverified=[] if again is None else again.unverified)
 
     return log.together(work)
 
@@ -265,7 +265,12 @@ def vanished(c: apsw.Connection) -> list[tuple[str, str]]:
     traces = " union ".join(
         f"select service, topic, partition from {table}"
         for table in (
-            "unlost_assignment", "unlost_epoch", "unlost_ledger", "unlost_waiting", "unlost_shelf", "unlost_gap",
+            "unlost_assignment",
+            "unlost_epoch",
+            "unlost_ledger",
+            "unlost_waiting",
+            "unlost_shelf",
+            "unlost_gap",
         )
     )
     units = c.execute(

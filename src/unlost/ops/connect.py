@@ -13,8 +13,8 @@ from unlost.brokers.port import Log
 from unlost.config import hide_secrets
 from unlost.errors import UsageError
 from unlost.events.topic import Decoder
+from unlost.sqlite import guards
 from unlost.sqlite.file import File
-from unlost.sqlite.guards import beside
 
 
 class Looking:
@@ -42,9 +42,15 @@ class Looking:
         """
         if self._file is None:
             what, fix = f"there is no store at {self.path}", "change to the project's folder, or set UNLOST_STORE"
-            code, found = "UL1302", f"from {self._source}; the broker is {self.name}, which keeps the log and no progress"
+            code, found = (
+                "UL1302",
+                f"from {self._source}; the broker is {self.name}, which keeps the log and no progress",
+            )
             if self.embedded:
-                what, fix = f"there is no broker file at {self.path}", "change to the project's folder, or set UNLOST_BROKER"
+                what, fix = (
+                    f"there is no broker file at {self.path}",
+                    "change to the project's folder, or set UNLOST_BROKER",
+                )
                 code, found = "UL1301", f"from {self._source}"
             _must_exist(self.path, code, what, found, fix)
             file = File(self.path, check_tail=False)
@@ -52,7 +58,7 @@ class Looking:
             if self.embedded and (other := belongs_to(file)) is not None:
                 raise UsageError(
                     "UL1303", f"{self.path} is the store beside another broker", found=other,
-                    fix=f"--broker kafka://…, and UNLOST_STORE=embedded://{self.path}",
+                    fix=f"--broker kafka://…, and UNLOST_STORE=embedded://{self.path.absolute()}",
                 )  # fmt: skip
         return self._file
 
@@ -73,6 +79,10 @@ class Looking:
         if self._log is None:
             self._log = EmbeddedLog(self.file) if self.embedded else kafka_log(self.url, self._decoders)
         return self._log
+
+    def decoder(self, topic: str) -> Decoder | None:
+        """What the App that was named has declared for this topic."""
+        return (self._decoders or {}).get(topic)
 
     def pair(self) -> tuple[File, Log]:
         """Both, sure to belong together.
@@ -98,8 +108,11 @@ class Looking:
 
 
 @contextmanager
-def opened(url: str | None = None, *, decoders: Mapping[str, Decoder] | None = None) -> Iterator[Looking]:
-    """The broker, for as long as the block lasts. Makes nothing: neither a file nor a topic.
+def opened(
+    url: str | None = None, *, store: str | None = None, decoders: Mapping[str, Decoder] | None = None
+) -> Iterator[Looking]:
+    """The broker, for as long as the block lasts. Makes nothing: neither a file nor a topic. `store` and `decoders` (by
+    topic) are what an App says in its code.
 
     Raises:
         UsageError: the URL means nothing here, or there is no such file.
@@ -107,8 +120,8 @@ def opened(url: str | None = None, *, decoders: Mapping[str, Decoder] | None = N
     setting = config.setting("broker", flag=url)
     if is_kafka(setting.value):
         check_kafka(setting.value)
-        store = config.setting("store")
-        looking = Looking(setting.value, store_path(store.value), store.source, decoders)
+        beside = config.setting("store", code=store)
+        looking = Looking(setting.value, store_path(beside.value), beside.source, decoders)
     else:
         looking = Looking(setting.value, embedded_path(setting.value), setting.source)
     try:
@@ -129,7 +142,7 @@ def _must_exist(path: Path, code: str, what: str, found: str, fix: str) -> None:
     with suppress(PermissionError):  # opening it says that better
         if not _is_there(path):
             raise UsageError(code, what, found=found, fix=f"start a service first (unlost run), {fix}")
-        if path.is_file() and path.stat().st_size == 0 and not beside(path, "marks").exists():
+        if path.is_file() and path.stat().st_size == 0 and not guards.beside(path, "marks").exists():
             raise UsageError(
                 code, f"{path} is empty: no broker has been here", found=found,
                 fix="start a service first (unlost run), or set UNLOST_BROKER",
@@ -137,4 +150,4 @@ def _must_exist(path: Path, code: str, what: str, found: str, fix: str) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    return path.exists() or beside(path, "marks").exists()
+    return path.exists() or guards.beside(path, "marks").exists()

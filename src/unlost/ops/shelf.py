@@ -8,19 +8,30 @@ from typing import Any, Literal
 import apsw
 import msgspec
 
-from unlost.events.topic import Unit
+from unlost.errors import UnlostError
+from unlost.events import Envelope, decode_head, from_headers, seal
+from unlost.events.topic import Decoder, Foreign, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Attempt, DeadLetter, Request
 from unlost.store.sqlite import carry_out
-from unlost.world import REAL
+from unlost.world import REAL, rfc3339
 
 _COLUMNS = (
     "number, service, handler, topic, partition, position, id, source, type, key, trace, reason, error_type, error, "
     "stack, attempts, parks, died, recorded, head, data, request"
 )
 Action = Literal["redrive", "discard"]
+
+
+Headers = Sequence[tuple[str, bytes | None]]
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """How the head of a message is kept that is no event of ours (see brokers/kafka/wire.py)."""
+
+    kafkaheaders: Headers
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +62,37 @@ def letters(
         bindings.append(key.encode())
     sql = f"select {_COLUMNS} from unlost_shelf {'where ' + ' and '.join(where) if where else ''} order by number"
     return file.read(lambda c: [_letter(c, row) for row in c.execute(sql, bindings).fetchall()])
+
+
+def headers_of(letter: DeadLetter) -> Headers | None:
+    """The headers of a message that somebody else wrote, as they came; None: it is an event of ours."""
+    try:
+        return msgspec.json.decode(letter.head, type=_Kept).kafkaheaders
+    except msgspec.MsgspecError:
+        return None
+
+
+def event_of(letter: DeadLetter, decoder: Decoder | None = None) -> Envelope | None:
+    """The event on the shelf, or None where its bytes are none. `decoder` is what the App has declared for its topic."""
+    kept = headers_of(letter)
+    try:
+        if kept is None:
+            return decode_head(letter.head, topic=letter.topic, key=letter.key, data=letter.data)
+        return from_headers(kept, letter.data, topic=letter.topic, key=letter.key, time=rfc3339(letter.recorded))
+    except UnlostError:
+        return None if kept is None or decoder is None else _decoded(letter, kept, decoder)
+
+
+def _decoded(letter: DeadLetter, headers: Headers, decoder: Decoder) -> Envelope | None:
+    message = Foreign(
+        topic=letter.topic, partition=letter.partition, position=letter.position, key=letter.key, value=letter.data,
+        headers=headers, recorded=letter.recorded,
+    )  # fmt: skip
+    try:
+        event = decoder(message)
+        return None if event is None else seal(event, source="shelf", topic=letter.topic, now=letter.recorded)
+    except Exception:
+        return None  # user code; why it cannot read the message stands on the shelf
 
 
 def ask(

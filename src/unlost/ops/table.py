@@ -91,6 +91,7 @@ def _columns(chosen: Sequence[Book], everything: bool) -> list[tuple[str, bool, 
         ("removed", False, [book.removed for book in chosen]),
         ("abandoned", False, [book.abandoned for book in chosen]),
         ("expired", False, [book.expired for book in chosen]),
+        ("unaccountable", False, [book.unaccountable for book in chosen]),
         ("UNACCOUNTED", True, [book.unaccounted for book in chosen]),
     ]
 
@@ -112,6 +113,10 @@ def missing_lines(books: Books, named: Sequence[Named], *, shown: int = NAMED_SH
     if len(books.findings) > shown:
         lines.append(f"  … and {len(books.findings) - shown:,} findings more")
     lines.extend(f"unaccountable: {safe(text)}" for text in books.unaccountable)
+    ranges = sorted(books.ranges, key=lambda found: found.tolerated)  # what nobody has declared comes first
+    lines.extend(f"{found.kind}: {safe(str(found))}" for found in ranges[:shown])
+    if len(ranges) > shown:
+        lines.append(f"  … and {len(ranges) - shown:,} ranges more")
     return lines
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import workload
 from evidence import Journal, read
-from kafka_stage import Child, Stage
+from kafka_stage import QUICK, Child, Stage
 from workload import CONTRACTS, Job, operating, publishing, publishing_sync
 
 import unlost.brokers.kafka.member as member_module
@@ -114,6 +114,7 @@ class Report:
     crash_points: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     drain_seconds: float = 0.0
+    away: float = 0.0  # seconds until a killed broker answered again
     events: int = 0
     completions: int = 0
     looks: int = 0  # comparisons of what the group was told with what the store has
@@ -184,7 +185,9 @@ class Loop:
         self.report.by_kind["broker killed"] += 1
         self.kafka.kill()
         self._tend(self.rng.random() * 2)
+        begun = time.monotonic()
         self.kafka.restart()
+        self.report.away += time.monotonic() - begun
 
     def broker_pause(self) -> None:
         assert self.kafka is not None
@@ -363,10 +366,13 @@ def play(
 ) -> Report:  # fmt: skip
     """One run, and its report; raises what is wrong, with the seed and the folder to look into."""
     seed = int(os.environ.get("SEED", "0")) or int.from_bytes(os.urandom(3), "big")
-    with Stage(folder, bootstrap, prefix, **({} if options is None else {"options": options})) as stage:
+    inside = "" if kafka is None else kafka.internal
+    with Stage(folder, bootstrap, prefix, options=QUICK if options is None else options, inside=inside) as stage:
         report = Loop(stage, seed, weights, kafka=kafka, **more).run()
         print(report)
-        assert not report.wrong, "\n".join([f"{report}", f"history in {folder}", *report.wrong[:30], stage.said()[-3000:]])
+        assert not report.wrong, "\n".join(
+            [f"{report}", f"history in {folder}", *report.wrong[:30], stage.said()[-3000:]]
+        )
     return report
 
 

@@ -23,7 +23,7 @@ from evidence import Effect, Journal, read
 from kafka_books import Unit, balance, committed, positions
 from workload import SCHEMA, effects
 
-from unlost.testing import sabotage
+from unlost.testing import sabotage, sabotage_kafka
 
 # what makes a member be missed soon, and still lets a busy machine of two cores breathe
 QUICK = "session.timeout.ms=1500&heartbeat.interval.ms=300"
@@ -37,7 +37,9 @@ _context.set_forkserver_preload(
 class Child:
     """One process of the proof. It dies with its parent."""
 
-    def __init__(self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]) -> None:
+    def __init__(
+        self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]
+    ) -> None:
         self.name = name
         self._process = _context.Process(target=_enter, args=(str(log), env, work, args), name=name, daemon=True)
         self._process.start()
@@ -80,7 +82,8 @@ def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Seque
     os.dup2(out, 2)
     parent = os.getppid()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    sabotage.from_environment()
+    if not sabotage_kafka.from_environment():
+        sabotage.from_environment()
     work(*args)
     sys.stderr.flush()
 
@@ -94,9 +97,20 @@ def _follow(parent: int) -> None:
 class Stage:
     """A folder with a store and evidence, a cluster, and children that come and go."""
 
-    def __init__(self, folder: Path, bootstrap: str, prefix: str, *, options: str = QUICK, store: str = "events.db") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        bootstrap: str,
+        prefix: str,
+        *,
+        options: str = QUICK,
+        store: str = "events.db",
+        inside: str = "",
+    ) -> None:
+        """`inside`: bootstrap servers for those who look, where what children use is cut and closed."""
         self.folder = folder
         self.bootstrap = bootstrap
+        self.inside = inside or bootstrap
         self.prefix = f"{prefix}."
         self.options = options
         self.store = folder / store
@@ -164,14 +178,14 @@ class Stage:
 
     def open_work(self) -> list[str]:
         """What is still to be done, as the store and the log say; whether that is true is for the checker to say."""
-        return [line for line in balance(self.store, self.bootstrap, self.prefix, whole=False)]
+        return balance(self.store, self.inside, self.prefix, whole=False)
 
     def drained(self) -> bool:
         return not self.open_work()
 
     def committed_ahead(self, services: Sequence[str]) -> list[str]:
         """Offsets that the cluster was told beyond what the store has settled. The cluster is asked first."""
-        told = committed(self.bootstrap, self.prefix, services)
+        told = committed(self.inside, self.prefix, services)
         settled = self.positions()
         return [
             f"{unit}: the group was told {offset}, the store is at {settled.get(unit)}"
@@ -182,7 +196,7 @@ class Stage:
     def verdict(self, contracts: Sequence[Contract]) -> list[str]:
         """Everything that is wrong: the checker's anomalies, and books that do not balance."""
         found = [str(a) for a in check(read(self.evidence), self.effects(), contracts, atomic_batches=False)]
-        return found + [f"audit: {line}" for line in balance(self.store, self.bootstrap, self.prefix)]
+        return found + [f"audit: {line}" for line in balance(self.store, self.inside, self.prefix)]
 
 
 @contextlib.contextmanager

@@ -13,24 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import confluent_kafka
-from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType
 
 from unlost.brokers.findings import Examination, Ours
-from unlost.brokers.kafka.checks import (
-    NO_ID,
-    NOTE_MARK,
-    Facts,
-    GroupFacts,
-    MemberFacts,
-    Node,
-    Place,
-    Reach,
-    TopicFacts,
-    Unread,
-    check,
-    version_of,
-)
+from unlost.brokers.kafka.checks import NOTE_MARK, check, version_of
+from unlost.brokers.kafka.facts import NO_ID, Facts, GroupFacts, MemberFacts, Node, Place, Reach, TopicFacts, Unread
 from unlost.brokers.kafka.ledger import LEDGER
 from unlost.brokers.kafka.log import KafkaLog
 from unlost.brokers.kafka.refusals import RIGHTS
@@ -44,6 +32,7 @@ from unlost.world import REAL
 T = TypeVar("T")
 
 ASK_SECONDS = 10.0
+HOPELESS_SECONDS = 2.0  # where a broker cannot be reached
 TOUCH_SECONDS = 2.0  # for a connection to an address that a broker names
 TOUCHED_AT_A_TIME = 8
 VERSION_SECONDS = 3.0
@@ -62,6 +51,7 @@ class KafkaDoctor:
         self._skipped: list[str] = []
         self._denied: list[str] = []
         self._here: set[str] = set()
+        self._seconds = ASK_SECONDS
 
     def close(self) -> None:
         """There is nothing to give back."""
@@ -94,20 +84,23 @@ class KafkaDoctor:
 
     def _read(self, ours: Ours) -> Facts:
         nodes, rights = self._nodes()
+        reached = self._reach(nodes)
+        if any(reach.problem for reach in reached.values()):
+            self._seconds = HOPELESS_SECONDS
         prefix = self._settings.prefix
         everything = (name for name in self._cluster.names() if name != prefix + LEDGER)  # that is compacted on purpose
         names = list(everything) if ours.topics is None else [prefix + t for t in ours.topics]
         topics = self._topics(names)
         offsets = self._topics([OFFSETS]).get(OFFSETS)
         bare = {topic.name: topic for topic in topics.values()}
-        groups = self._groups(ours)
+        groups = self._groups(ours, bare)
         ranges = self._ranges(bare)
         return Facts(
             cluster=self._cluster.id or "without an id",
             library=confluent_kafka.libversion(),
             nodes=nodes,
             bootstrap={s: self._touch(*_split(s), connect=False) for s in self._settings.bootstrap.split(",")},
-            reached=self._reach(nodes),
+            reached=reached,
             apis=self._apis(),
             rights=rights,
             brokers=self._brokers(nodes),
@@ -126,11 +119,11 @@ class KafkaDoctor:
         told = self._ask(
             "the cluster's own description",
             lambda: self._admin.describe_cluster(
-                include_authorized_operations=True, request_timeout=ASK_SECONDS
+                include_authorized_operations=True, request_timeout=self._seconds
             ).result(),
         )
         if told is None:
-            known = self._admin.list_topics(timeout=ASK_SECONDS).brokers.values()
+            known = self._admin.list_topics(timeout=self._seconds).brokers.values()
             return [Node(b.id, b.host or "", b.port, "") for b in known], None
         nodes = sorted(Node(n.id, n.host, n.port, n.rack or "") for n in told.nodes)
         return nodes, _rights(told.authorized_operations)
@@ -140,11 +133,11 @@ class KafkaDoctor:
         if not names:
             return {}
         told = self._admin.describe_topics(
-            TopicCollection(sorted(names)), include_authorized_operations=True, request_timeout=ASK_SECONDS
+            TopicCollection(sorted(names)), include_authorized_operations=True, request_timeout=self._seconds
         )
         found: dict[str, Any] = {}
         for name, future in told.items():
-            topic = self._ask(f"the topic {name}", future.result, quiet=_UNKNOWN)
+            topic = self._ask(f"the topic {name}", future.result, quiet=_UNKNOWN, needed=True)
             if topic is not None:
                 found[name] = topic
         configs = self._configs(ResourceType.TOPIC, found, "the settings of topic")
@@ -176,35 +169,35 @@ class KafkaDoctor:
         if not asked:
             return {}
         found = {}
-        for resource, future in self._admin.describe_configs(asked, request_timeout=ASK_SECONDS).items():
+        for resource, future in self._admin.describe_configs(asked, request_timeout=self._seconds).items():
             entries = self._ask(f"{what} {resource.name}", future.result)
             if entries is not None:
                 found[resource.name] = {n: e.value for n, e in entries.items() if e.value is not None}
         return found
 
-    def _groups(self, ours: Ours) -> dict[str, GroupFacts]:
+    def _groups(self, ours: Ours, topics: Mapping[str, TopicFacts]) -> dict[str, GroupFacts]:
         """By service. Where none were named: those under the prefix that bear a mark of ours."""
         prefix = self._settings.prefix
         if ours.services is not None:
             names = [prefix + service for service in ours.services]
         else:
             told = self._ask(
-                "the list of groups", lambda: self._admin.list_consumer_groups(request_timeout=ASK_SECONDS).result()
+                "the list of groups", lambda: self._admin.list_consumer_groups(request_timeout=self._seconds).result()
             )
             names = [g.group_id for g in (told.valid if told else ()) if g.group_id.startswith(prefix)]
             for e in told.errors or () if told else ():
-                self._skipped.append(f"the groups of a broker: {e.args[0].str()}")
+                self._skipped.append(f"the groups of a broker: {e}")
         if not names:
             return {}
         described = self._admin.describe_consumer_groups(
-            sorted(names), include_authorized_operations=True, request_timeout=ASK_SECONDS
+            sorted(names), include_authorized_operations=True, request_timeout=self._seconds
         )
         found, others = {}, 0
         for name, future in described.items():
-            group = self._ask(f"the group {name}", future.result, quiet=("GROUP_ID_NOT_FOUND",))
+            group = self._ask(f"the group {name}", future.result, quiet=("GROUP_ID_NOT_FOUND",), needed=True)
             if group is None and f"the group {name}" in self._denied:
                 continue
-            facts = self._group(name, group)
+            facts = self._group(name, group, topics.values())
             if ours.services is None and not self._is_ours(facts):
                 others += 1
                 continue
@@ -214,15 +207,12 @@ class KafkaDoctor:
             self._skipped.append(f"{text} no mark of unlost (name a service with --service to look at it)")
         return found
 
-    def _group(self, name: str, group: Any) -> GroupFacts:
-        asked = self._admin.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(name)], require_stable=False, request_timeout=ASK_SECONDS
-        )
-        told = self._ask(f"the positions of the group {name}", asked[name].result, quiet=("GROUP_ID_NOT_FOUND",))
+    def _group(self, name: str, group: Any, topics: Iterable[TopicFacts]) -> GroupFacts:
+        told = self._ask(f"the positions of the group {name}", lambda: self._committed(name, topics), needed=True)
         saved = {
             (self._bare(p.topic), p.partition): Saved(p.offset, p.metadata or "")
-            for p in (told.topic_partitions if told is not None else ())
-            if p.offset >= 0 and p.error is None and p.topic.startswith(self._settings.prefix)
+            for p in told or ()
+            if p.offset >= 0 and p.error is None
         }
         return GroupFacts(
             name=self._bare(name), full=name, state="DEAD" if group is None else group.state.name,
@@ -231,6 +221,18 @@ class KafkaDoctor:
             members=[] if group is None else [MemberFacts(m.client_id, m.host.lstrip("/")) for m in group.members],
             saved=saved, rights=frozenset({"READ"}) if group is None else _rights(group.authorized_operations),
         )  # fmt: skip
+
+    def _committed(self, group: str, topics: Iterable[TopicFacts]) -> list[TopicPartition]:
+        """By a consumer that never joins: the same question of an admin client kills the process where the group's
+        coordinator is just moving (librdkafka 2.16 passes a group that such a client has not)."""
+        places = [TopicPartition(t.full, n) for t in topics for n in t.places]
+        if not places:
+            return []
+        consumer = Consumer(self._settings.consumer(group))
+        try:
+            return consumer.committed(places, timeout=self._seconds)
+        finally:
+            consumer.close()
 
     def _is_ours(self, group: GroupFacts) -> bool:
         mine = self._settings.options.get("client.id", "unlost")
@@ -254,7 +256,7 @@ class KafkaDoctor:
         if not places:
             return {}
         asked = self._ask(
-            what, lambda: self._admin.list_offsets(dict.fromkeys(places, spec), request_timeout=ASK_SECONDS)
+            what, lambda: self._admin.list_offsets(dict.fromkeys(places, spec), request_timeout=self._seconds)
         )
         found = {}
         for place, future in (asked or {}).items():
@@ -377,13 +379,15 @@ class KafkaDoctor:
             self._skipped.append("the version of the brokers (the client did not tell which requests they understand)")
         return found
 
-    def _ask(self, what: str, work: Callable[[], T], quiet: Sequence[str] = ()) -> T | None:
-        """None if it cannot be had; then it is noted."""
+    def _ask(
+        self, what: str, work: Callable[[], T], quiet: Sequence[str] = (), *, needed: bool = False
+    ) -> T | None:  # fmt: skip
+        """None if it cannot be had; then it is noted. `needed`: a service could not work without the right to it."""
         try:
             return work()
         except KafkaException as e:
             error = e.args[0]
-            if error.name() in RIGHTS:
+            if error.name() in RIGHTS and needed:
                 self._denied.append(what)
             elif error.name() not in quiet:
                 self._skipped.append(f"{what}: {error.str()}")

@@ -65,6 +65,28 @@ class _Range(NamedTuple):
     high: int
 
 
+class _State:
+    """A partition of ours, as the event loop sees it."""
+
+    __slots__ = ("bad", "decoder", "fresh", "held", "held_bytes", "jumped", "live", "name", "next", "paused", "place", "stopped", "token", "unit")  # fmt: skip
+
+    def __init__(self, unit: Unit, place: Place, decoder: Decoder | None) -> None:
+        self.unit = unit
+        self.place = place
+        self.name = unit.topic
+        self.decoder = decoder
+        self.next: int | None = None  # None: not sought yet, or on its way to another member
+        self.token = 0
+        self.live = False  # messages of the batch in hand were fetched under this token
+        self.fresh: list[Arrival] = []
+        self.paused = False
+        self.held: deque[Message] = deque()  # what has come while it was paused
+        self.held_bytes = 0
+        self.stopped = False  # paused in the client as well
+        self.jumped: int | None = None  # a jump was seen here, and is read again
+        self.bad = ""  # the client could not read something
+
+
 class KafkaMember:
     """This process' part in a service. Used from one event loop."""
 
@@ -82,16 +104,9 @@ class KafkaMember:
         self._wake = asyncio.Event()
         self._inbox: deque[_Batch | _Range | Change | BaseException] = deque()
         # the event loop's
-        self._next: dict[Place, int] = {}  # of units that were sought
-        self._tokens: dict[Place, int] = {}
-        self._token = 0
-        self._owned: dict[Place, Unit] = {}
+        self._states: dict[Place, _State] = {}
         self._paused: set[Place] = set()
-        self._held: dict[Place, deque[Arrival]] = {}
-        self._held_bytes: dict[Place, int] = {}
-        self._stopped: set[Place] = set()  # paused in the client as well
-        self._jumped: dict[Place, int] = {}  # a jump was seen here, and is read again
-        self._bad: dict[Place, str] = {}  # the client could not read something here
+        self._token = 0
         self._closed = False
         # the poll thread's
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -101,6 +116,7 @@ class KafkaMember:
         self._news: list[Place] = []  # assigned, and not announced yet
         self._again: list[tuple[float, Place]] = []
         self._seeks: list[tuple[Place, int, int]] = []  # those that came too early
+        self._halted: set[Place] = set()  # out of range: the client reads no more of them, wherever it is sent
         self._posted = self._posted_bytes = 0
         self._taken = self._taken_bytes = 0  # (written by the event loop)
         self._room = threading.Event()
@@ -132,29 +148,33 @@ class KafkaMember:
             await self._wake.wait()
 
     def seek(self, unit: Unit, position: int) -> None:
-        place = self._place(unit)
-        if place not in self._owned:
+        state = self._states.get(self._place(unit))
+        if state is None:
             return
-        self._held.pop(place, None)
-        self._held_bytes.pop(place, None)
-        self._jumped.pop(place, None)
-        self._stopped.discard(place)
-        self._go_to(place, position)
+        state.held.clear()
+        state.held_bytes = 0
+        state.jumped = None
+        state.stopped = False
+        self._go_to(state, position)
 
     def pause(self, unit: Unit) -> None:
-        self._paused.add(self._place(unit))
+        place = self._place(unit)
+        self._paused.add(place)
+        if place in self._states:
+            self._states[place].paused = True
 
     def resume(self, unit: Unit) -> None:
         place = self._place(unit)
         self._paused.discard(place)
+        if place in self._states:
+            self._states[place].paused = False
         self._wake.set()
 
     async def ack(self, acks: Sequence[Ack]) -> None:
-        places = [
-            TopicPartition(*self._place(a.unit), a.position, a.note) for a in acks if self._place(a.unit) in self._owned
-        ]
-        if places:
-            leaving = any((p.topic, p.partition) not in self._next for p in places) or self._closed
+        known = [(self._states[place], a) for a in acks if (place := self._place(a.unit)) in self._states]
+        if known:
+            places = [TopicPartition(*state.place, a.position, a.note) for state, a in known]
+            leaving = self._closed or any(state.next is None for state, _ in known)
             await self._order(lambda: self._commit(places, wait=leaving), wait=leaving)
 
     async def release(self, units: Sequence[Unit]) -> None:
@@ -177,151 +197,168 @@ class KafkaMember:
     def _take(self) -> list[Change]:
         """What has happened since, as far as one call may hand over."""
         changes: list[Change] = []
-        found: dict[Place, list[Arrival]] = {}
         size = 0
-        ready = [p for p in self._held if p not in self._paused and p in self._next]
-        changes += [self._unhold(place) for place in ready]
+        for state in [s for s in self._states.values() if s.held and not s.paused]:
+            size += self._unhold(state, changes)
         while self._inbox and size < TAKE_BYTES:
             item = self._inbox[0]
             if isinstance(item, _Batch):
-                size += self._read(item, found, changes)
+                size += self._read(item, changes)
                 if item.messages:
                     break
                 self._inbox.popleft()
-                continue
-            if found:
-                break  # what was found belongs before it
-            self._inbox.popleft()
-            if isinstance(item, BaseException):
+            elif isinstance(item, BaseException):
                 if changes:
-                    self._inbox.appendleft(item)
-                    break
-                raise item
-            if isinstance(item, _Range):
-                self._on_range(item, changes)
+                    break  # what came before it first
+                raise self._inbox.popleft()  # type: ignore[misc]
             else:
-                self._on_change(item)
-                changes.append(item)
-        changes += [Arrivals(self._owned[place], events) for place, events in found.items()]
+                self._inbox.popleft()
+                if isinstance(item, _Range):
+                    self._on_range(item, changes)
+                else:
+                    self._on_change(item)
+                    changes.append(item)
         return changes
 
     def _on_change(self, change: Change) -> None:
         if isinstance(change, Assigned):
             for unit in change.units:
-                self._owned[self._place(unit)] = unit
+                place = self._place(unit)
+                state = self._states[place] = _State(unit, place, self._decoders.get(unit.topic))
+                state.paused = place in self._paused
         elif isinstance(change, Revoked):
             for unit in change.units:
-                self._next.pop(self._place(unit), None)  # nothing more of it arrives
+                if state_of := self._states.get(self._place(unit)):
+                    state_of.next = None  # nothing more of it arrives
+                    state_of.held.clear()
         elif isinstance(change, Lost):
             for unit in change.units:
                 self._forget(self._place(unit))
 
-    def _read(self, batch: _Batch, found: dict[Place, list[Arrival]], changes: list[Change]) -> int:
+    def _read(self, batch: _Batch, changes: list[Change]) -> int:
         """Messages as arrivals, until all are read or it is enough for one call. Returns bytes."""
-        messages, tokens = batch.messages, batch.tokens
-        live = {p for p, token in self._tokens.items() if p in self._next and tokens.get(p) == token}
+        messages, tokens, states = batch.messages, batch.tokens, self._states
+        for state in states.values():
+            state.live = state.next is not None and tokens.get(state.place) == state.token
+        touched: list[_State] = []
         size = taken = 0
         before = len(messages)
         while messages and size < TAKE_BYTES:
             m = messages.popleft()
-            taken += len(m)
-            place = (m.topic() or "", m.partition() or 0)
-            error = m.error()
-            if error is not None and place not in live:
-                self._on_message_error(place, error, None)
-                continue
-            if place not in live:
-                continue  # fetched before it was taken from us, or before a seek
-            position, expected = m.offset() or 0, self._next[place]
-            if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                self._on_message_error(place, error, self._tokens[place])
-                continue
-            if position < expected:
-                continue  # seen before
-            if position > expected:
-                if not self._believe(place, expected, position):
-                    live.discard(place)
+            length = len(m)
+            taken += length
+            found = states.get((m.topic(), m.partition()))  # type: ignore[arg-type]
+            if m.error() is not None:
+                if found is None or not found.live or not self._is_end(m, found):
+                    self._on_message_error(m, found)
                     continue
-                if found.get(place):
-                    changes.append(Arrivals(self._owned[place], found.pop(place)))
-                changes.append(Gone(self._owned[place], self._gap(place, expected, position)))
-                self._next[place] = position
-            if error is not None:
-                continue  # the end, for now
-            topic, partition = place
-            name = topic[len(self._settings.prefix) :]
-            value = m.value()
-            a = arrival_of(
-                name, partition, position, max(0, m.timestamp()[1]), m.key(), value, headers_in(m),
-                self._decoders.get(name) if self._decoders else None,
-            )  # fmt: skip
-            self._next[place] = position + 1
-            size += len(value) if value else 0
-            if place in self._paused or place in self._held:
-                self._hold(place, a)
-            else:
-                events = found.get(place)
-                if events is None:
-                    found[place] = [a]
-                else:
-                    events.append(a)
+            elif found is None or not found.live:
+                continue  # fetched before it was taken from us, or before a seek
+            elif found.paused or found.held:
+                self._hold(found, m, length)
+                continue
+            if not found.fresh:
+                touched.append(found)
+            self._accept(found, m, changes)
+            size += length
+        for state in touched:
+            self._hand_over(state, changes)
         self._taken += before - len(messages)
         self._taken_bytes += taken
         self._room.set()
         return size
 
-    def _hold(self, place: Place, a: Arrival) -> None:
+    def _accept(self, state: _State, m: Message, changes: list[Change]) -> None:
+        """Takes the next message of a partition."""
+        position = m.offset()
+        if position != state.next:
+            assert position is not None and state.next is not None
+            if position < state.next or not self._jump(state, position, changes):
+                return
+            if m.error() is not None:
+                return  # the end, for now
+        elif m.error() is not None:
+            return
+        state.fresh.append(
+            arrival_of(
+                state.name, state.place[1], position, m.timestamp()[1], m.key(), m.value(), headers_in(m), state.decoder  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
+        state.next = position + 1  # type: ignore[operator]
+
+    def _hand_over(self, state: _State, changes: list[Change]) -> None:
+        if state.fresh:
+            changes.append(Arrivals(state.unit, state.fresh))
+            state.fresh = []
+
+    def _hold(self, state: _State, m: Message, length: int) -> None:
         """A paused unit's events wait here: telling the client each time would throw away what it has fetched."""
-        held = self._held.setdefault(place, deque())
-        held.append(a)
-        self._held_bytes[place] = self._held_bytes.get(place, 0) + a.size
-        if place not in self._stopped and (len(held) > HELD_MAX or self._held_bytes[place] > HELD_BYTES_MAX):
-            self._stopped.add(place)
-            self._orders.put(lambda: self._be_quiet(place))
+        state.held.append(m)
+        state.held_bytes += length
+        if not state.stopped and (len(state.held) > HELD_MAX or state.held_bytes > HELD_BYTES_MAX):
+            state.stopped = True
+            self._orders.put(lambda: self._be_quiet(state.place))
 
-    def _unhold(self, place: Place) -> Arrivals:
-        held, arrivals, size = self._held[place], list[Arrival](), 0
-        while held and size < TAKE_BYTES:
-            arrivals.append(held.popleft())
-            size += arrivals[-1].size
-        self._held_bytes[place] -= size
-        if held:
+    def _unhold(self, state: _State, changes: list[Change]) -> int:
+        size, state.live = 0, state.next is not None
+        while state.held and size < TAKE_BYTES and state.live:
+            m = state.held.popleft()
+            size += len(m)
+            self._accept(state, m, changes)
+        self._hand_over(state, changes)
+        state.held_bytes -= size
+        if not state.live:  # it jumped: all is read again
+            state.held.clear()
+        if state.held:
             self._wake.set()  # there is more
-        else:
-            del self._held[place], self._held_bytes[place]
-            if place in self._stopped:
-                self._stopped.discard(place)
-                self._orders.put(lambda: self._unquiet(place))
-        return Arrivals(self._owned[place], arrivals)
+        elif state.stopped:
+            state.stopped = False
+            self._orders.put(lambda: self._unquiet(state.place))
+        return size
 
-    def _believe(self, place: Place, expected: int, position: int) -> bool:
-        """A jump is real if a second read from the same position shows it too."""
-        if self._topics[place[0]].compacted or self._jumped.pop(place, None) == expected:
-            return True
-        self._jumped[place] = expected
-        self._go_to(place, expected)
-        return False
+    def _jump(self, state: _State, position: int, changes: list[Change]) -> bool:
+        """A jump in the positions is real if a second read from the same position shows it too."""
+        expected = state.next
+        assert expected is not None
+        if not self._topics[state.place[0]].compacted and state.jumped != expected:
+            state.jumped = expected
+            state.live = False
+            self._go_to(state, expected)
+            return False
+        state.jumped = None
+        self._hand_over(state, changes)
+        changes.append(Gone(state.unit, self._gap(state, expected, position)))
+        state.next = position
+        return True
 
-    def _gap(self, place: Place, start: int, end: int) -> Gap:
-        bad = self._bad.pop(place, None)
-        if bad is not None:
+    def _gap(self, state: _State, start: int, end: int) -> Gap:
+        if state.bad:
+            bad, state.bad = state.bad, ""
             return Gap(start, end, "unaccountable", bad)
-        if self._topics[place[0]].compacted:
+        if self._topics[state.place[0]].compacted:
             return Gap(
                 start, end, "unaccountable", "the topic is compacted: what was here may have been removed unread"
             )
         return Gap(start, end, "void", "markers of transactions")
 
-    def _on_message_error(self, place: Place, error: KafkaError, token: int | None) -> None:
+    def _is_end(self, m: Message, state: _State) -> bool:
+        error = m.error()
+        return error is not None and error.code() == KafkaError._PARTITION_EOF and not (state.paused or state.held)
+
+    def _on_message_error(self, m: Message, state: _State | None) -> None:
+        error = m.error()
+        assert error is not None
         code = error.code()
         if code == KafkaError._PARTITION_EOF:
             return
         if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
-            if token is not None:
+            if state is not None and state.live:
+                place, token = state.place, state.token
                 self._orders.put(lambda: self._look_up(place, token))
         elif code in (KafkaError._BAD_MSG, KafkaError.INVALID_MSG, KafkaError._BAD_COMPRESSION):
-            self._bad[place] = f"the client could not read it: {error.str()}"
-            log.error("%s/%d: %s", *place, error.str())
+            if state is not None:
+                state.bad = f"the client could not read it: {error.str()}"
+            log.error("%s/%s: %s", m.topic(), m.partition(), error.str())
         elif code in (
             KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC,
             KafkaError.UNKNOWN_TOPIC_ID,
@@ -336,11 +373,10 @@ class KafkaMember:
             log.warning("%s: %s", self._service, error.str())
 
     def _on_range(self, found: _Range, changes: list[Change]) -> None:
-        place = found.place
-        if self._tokens.get(place) != found.token or place not in self._next:
+        state = self._states.get(found.place)
+        if state is None or state.token != found.token or state.next is None:
             return
-        expected = self._next[place]
-        unit = self._owned[place]
+        expected, unit = state.next, state.unit
         if expected > found.high:
             raise Damaged(
                 "UL3021", f"the log of {unit.topic}/{unit.partition} ends before what {self._service!r} has handled",
@@ -354,20 +390,20 @@ class KafkaMember:
             )
             log.error("%s: positions %d to %d are gone: %s", unit, expected, found.low - 1, why)
             changes.append(Gone(unit, Gap(expected, found.low, "expired", why, declared)))
-            self._next[place] = found.low
-        self._go_to(place, self._next[place])
+            state.next = found.low
+        self._go_to(state, state.next)
 
-    def _go_to(self, place: Place, position: int) -> None:
+    def _go_to(self, state: _State, position: int) -> None:
         self._token += 1
-        token = self._tokens[place] = self._token
-        self._next[place] = position
+        token = state.token = self._token
+        state.next = position
+        state.live = False
+        place = state.place
         self._orders.put(lambda: self._do_seek(place, position, token))
 
     def _forget(self, place: Place) -> None:
-        for table in (self._next, self._tokens, self._owned, self._held, self._held_bytes, self._jumped, self._bad):
-            table.pop(place, None)
+        self._states.pop(place, None)
         self._paused.discard(place)
-        self._stopped.discard(place)
 
     def _place(self, unit: Unit) -> Place:
         return (self._settings.prefix + unit.topic, unit.partition)
@@ -517,6 +553,7 @@ class KafkaMember:
     def _drop(self, places: set[Place]) -> None:
         self._assigned -= places
         self._quiet -= places
+        self._halted -= places
         self._handed_back -= places
         self._fetching = {p: t for p, t in self._fetching.items() if p not in places}
         self._seeks = [s for s in self._seeks if s[0] not in places]
@@ -555,6 +592,9 @@ class KafkaMember:
         self._quiet.discard(place)
         target = TopicPartition(*place, position)
         try:
+            if place in self._halted:
+                self._assign_anew(target)
+                self._halted.discard(place)
             if not self._all_paused:
                 self._consumer.resume([target])
             self._consumer.seek(target)
@@ -564,6 +604,13 @@ class KafkaMember:
                 return
             raise
         self._fetching = {**self._fetching, place: token}
+
+    def _assign_anew(self, target: TopicPartition) -> None:
+        with contextlib.suppress(KafkaException):  # it is the second try
+            self._consumer.incremental_unassign([target])
+        self._consumer.incremental_assign([target])
+        if self._all_paused:
+            self._client_pause([(target.topic, target.partition)])
 
     def _late_seeks(self) -> None:
         seeks, self._seeks = self._seeks, []
@@ -616,6 +663,7 @@ class KafkaMember:
         """A read was out of range: is the topic another one now, or has its log moved on?"""
         if place not in self._assigned:
             return
+        self._halted.add(place)
         self._check_topics()
         try:
             low, high = self._consumer.get_watermark_offsets(TopicPartition(*place), ASK_SECONDS, cached=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 
-from unlost.brokers.kafka.refusals import sorted_error
+from unlost.brokers.kafka.refusals import missing_rights, sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.port import Receipt
 from unlost.errors import OutcomeUnknown, PartlyPublished, Unavailable, UnlostError, UsageError
@@ -68,7 +68,7 @@ class Call:
 class Sent:
     """One event on its way, with all that is needed to send it again."""
 
-    __slots__ = ("call", "headers", "id", "key", "number", "partition", "place", "publisher", "size", "topic", "topic_there", "value")  # fmt: skip
+    __slots__ = ("again", "call", "headers", "id", "key", "number", "partition", "place", "publisher", "size", "topic", "topic_there", "value")  # fmt: skip
 
     def __init__(
         self, publisher: Publisher, call: Call, place: int, id: str, topic: str, topic_there: str, partition: int,
@@ -86,6 +86,7 @@ class Sent:
         self.headers = headers
         self.size = size
         self.number = 0
+        self.again = False  # an earlier producer may have sent it
 
     def reported(self, error: KafkaError | None, message: Any) -> None:
         """The delivery report, in the producer's thread."""
@@ -106,6 +107,7 @@ class Publisher:
         self._count = 0
         self._closed = False
         self._fatal: KafkaError | None = None
+        self._refused = False  # the producer was not let in; there is none until somebody publishes
         self._trouble = ""
         self._answered = REAL.monotonic()
         self._warned = 0.0
@@ -134,6 +136,8 @@ class Publisher:
                 )  # fmt: skip
             if not self._pending:
                 self._answered = REAL.monotonic()
+            if self._refused:
+                self._producer, self._refused = self._make(), False
             self._bytes += size
             for event in events:
                 self._count += 1
@@ -182,9 +186,9 @@ class Publisher:
 
     def _run(self) -> None:
         while True:
-            self._producer.poll(POLL_SECONDS)
+            self._poll(POLL_SECONDS)
             if self._fatal is not None:
-                self._replace()
+                self._replace(self._fatal)
             if self.reports:
                 self._take_reports()
             elif self._closed and (not self._pending or REAL.monotonic() - self._answered > CLOSE_SECONDS):
@@ -211,23 +215,50 @@ class Publisher:
         self._answered = REAL.monotonic()
         self._tell(answers)
 
-    def _replace(self) -> None:
+    def _poll(self, seconds: float) -> None:
+        if self._refused:
+            threading.Event().wait(seconds)
+            return
+        try:
+            self._producer.poll(seconds)
+        except KafkaException as e:  # what fails for good comes out here, and not by the callback
+            self._fatal = e.args[0]
+
+    def _replace(self, error: KafkaError) -> None:
         """A new producer for one that failed for good, and everything unconfirmed again, in order."""
         with self._lock:
-            error, self._fatal = self._fatal, None
             old = self._producer
-            log.error(
-                "the Kafka producer failed for good (%s); a new one sends %d events again, in order: at most duplicates",
-                error.str() if error is not None else "", len(self._pending),
-            )  # fmt: skip
-            old.poll(0)  # what is confirmed already is not sent again
+            self._poll(0)  # what is confirmed already is not sent again
+            self._fatal = None
             confirmed = {event.number for event, failed, _, _ in self.reports if failed is None}
-            self._producer = self._make()
-            for number, event in self._pending.items():
-                if number not in confirmed:
+            left = [event for number, event in self._pending.items() if number not in confirmed]
+            if missing_rights(error):
+                self._refuse(left, error)
+            else:
+                log.error(
+                    "the Kafka producer failed for good (%s); a new one sends %d events again, in order: at most duplicates",
+                    error.str(), len(left),
+                )  # fmt: skip
+                self._producer = self._make()
+                for event in left:
+                    event.again = True
                     self._produce(event)
         old.purge()
         threading.Event().wait(RECREATE_SECONDS)
+
+    def _refuse(self, events: Sequence[Sent], error: KafkaError) -> None:
+        """The next producer would be refused as well, until somebody has granted the rights: with the next event
+        it is tried."""
+        self._refused = True
+        why = sorted_error(error, "publishing")
+        unknown = OutcomeUnknown(
+            "UL2120", "nobody can say whether the Kafka cluster did that", found=f"sent before, and then refused: {why.found}",
+            fix="grant the rights, and publish again with the same id",
+        )  # fmt: skip
+        for event in events:
+            del self._pending[event.number]
+            self._bytes -= event.size
+        self._tell([(event, unknown if event.again else why, None) for event in events])
 
     def _on_error(self, error: KafkaError) -> None:
         if error.fatal() or error.code() == KafkaError._FATAL:

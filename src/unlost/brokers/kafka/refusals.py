@@ -14,6 +14,10 @@ _LOGIN = ("_AUTHENTICATION", "SASL_AUTHENTICATION_FAILED", "_SSL")
 _UNKNOWN = ("_MSG_TIMED_OUT", "_TIMED_OUT", "_PURGE_INFLIGHT", "_FATAL", "_DESTROY", "NETWORK_EXCEPTION", "_TRANSPORT")
 
 
+def missing_rights(error: KafkaError) -> bool:
+    return error.name() in RIGHTS
+
+
 def sorted_error(e: KafkaException | KafkaError | Any, doing: str) -> UnlostError:
     """The error of ours that says the same, and what to do next."""
     error = e.args[0] if isinstance(e, KafkaException) else e

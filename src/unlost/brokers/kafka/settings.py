@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -10,6 +11,7 @@ import msgspec
 from unlost.errors import UsageError
 from unlost.events import MAX_EVENT_BYTES, MAX_HEAD_BYTES, check_name
 
+LOG = logging.getLogger("unlost.kafka.client")
 MESSAGE_BYTES_MAX = MAX_EVENT_BYTES + 2 * MAX_HEAD_BYTES  # value, attributes and headers of one event
 CONNECT_SECONDS = 10.0
 SECRETS = ("sasl.password", "ssl.key.password", "ssl.keystore.password", "ssl.key.pem", "sasl.oauthbearer.client.secret",
@@ -56,6 +58,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:  # never a secret
         return f"Settings({self.bootstrap!r}, prefix={self.prefix!r}, options: {', '.join(sorted(self.options)) or 'none'})"
 
+    def without_secrets(self, text: str) -> str:
+        """What the client says, as it may be shown: it quotes settings that it does not take."""
+        for name in SECRETS:
+            value = self.options.get(name)
+            if value:
+                text = text.replace(value, "***")
+        return text
+
     def client(self, **more: Any) -> dict[str, Any]:
         """For an admin client, and the base of the others."""
         shared = {k: v for k, v in self.options.items() if k not in _CONSUMER_ONLY and k not in _PRODUCER_ONLY}
@@ -63,6 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             "bootstrap.servers": self.bootstrap,
             "client.id": "unlost",
             "log_level": 0,  # what matters comes through callbacks
+            "logger": LOG,  # and nothing by itself to stderr
             "socket.keepalive.enable": True,
             "broker.address.family": "any",
             "reconnect.backoff.max.ms": 2000,
@@ -128,6 +139,11 @@ def parse(url: str) -> Settings:
     login, _, hosts = authority.rpartition("@")
     if scheme != "kafka" or not hosts or "/" in hosts:
         raise UsageError("UL1142", "the URL of a Kafka cluster names its servers", fix=EXAMPLE)
+    if not login and ":" in hosts and "@" in rest and not _is_server(hosts.split(",")[0]):
+        raise UsageError(
+            "UL1142", "the URL has a user, and then something that ends it too early",
+            fix="write special characters of a password in their coded form: ? is %3F, # is %23, / is %2F, @ is %40, % is %25",
+        )  # fmt: skip
     servers = [_server(host) for host in hosts.split(",")]
     options = dict(_pairs(query))
     prefix = options.pop("prefix", "")
@@ -137,8 +153,9 @@ def parse(url: str) -> Settings:
         user, _, password = login.partition(":")
         options.setdefault("sasl.username", unquote(user))
         options.setdefault("sasl.password", unquote(password))
-        options.setdefault("sasl.mechanism", "PLAIN")
+        options.setdefault("sasl.mechanism", options.pop("sasl.mechanisms", "PLAIN"))
         options.setdefault("security.protocol", "SASL_SSL")
+    _check_tokens(options)
     protocol = options.get("group.protocol", "classic").lower()
     if protocol not in ("classic", "consumer"):
         raise UsageError("UL1144", "group.protocol is classic or consumer", found=protocol)
@@ -154,9 +171,23 @@ def parse(url: str) -> Settings:
     )
 
 
+def _check_tokens(options: dict[str, str]) -> None:
+    """Without a source of tokens the client would wait for one for ever."""
+    if options.get("sasl.mechanism", options.get("sasl.mechanisms", "")).upper() != "OAUTHBEARER":
+        return
+    if options.get("sasl.oauthbearer.method", "").lower() == "oidc":
+        return
+    if options.get("enable.sasl.oauthbearer.unsecure.jwt", "").lower() not in ("true", "1"):
+        raise UsageError(
+            "UL1155", "sasl.mechanism=OAUTHBEARER must know where its tokens come from",
+            fix="sasl.oauthbearer.method=oidc, with sasl.oauthbearer.client.id, sasl.oauthbearer.client.secret and "
+            "sasl.oauthbearer.token.endpoint.url",
+        )  # fmt: skip
+
+
 def _pairs(query: str) -> list[tuple[str, str]]:
     pairs = []
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    for name, value in parse_qsl(query.replace("+", "%2B"), keep_blank_values=True):  # a plus in a secret is a plus
         known = _OTHER_NAMES.get(name, name)
         if name in _REFUSED:
             raise UsageError(
@@ -173,12 +204,17 @@ def _pairs(query: str) -> list[tuple[str, str]]:
 
 
 def _server(text: str) -> str:
+    if not _is_server(text):
+        host = text.partition(":")[0]  # what follows may be part of a password
+        raise UsageError("UL1142", "a server is host:port", found=repr(host)[:100] + " and no port", fix=EXAMPLE)
+    parts = urlsplit(f"//{text}")
+    host = parts.hostname or ""
+    return f"{f'[{host}]' if ':' in host else host}:{parts.port or 9092}"
+
+
+def _is_server(text: str) -> bool:
     try:
         parts = urlsplit(f"//{text}")
-        host, port = parts.hostname, parts.port
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
     except ValueError:
-        host, port = None, None
-    if not host:
-        raise UsageError("UL1142", "a server is host:port", found=repr(text)[:100], fix=EXAMPLE)
-    host = f"[{host}]" if ":" in host else host
-    return f"{host}:{port or 9092}"
+        return False

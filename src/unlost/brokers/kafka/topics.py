@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from confluent_kafka import IsolationLevel, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import (
+    Consumer,
+    IsolationLevel,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicCollection,
+    TopicPartition,
+)
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from unlost.brokers.kafka.refusals import sorted_error
@@ -27,7 +39,12 @@ PARTITIONS_MAX = 1024
 ADMIN_SECONDS = 20.0
 HOPELESS_SECONDS = 2.0
 VISIBLE_SECONDS = 10.0  # how long a topic that was just made may take to be seen everywhere
+ERRORS_MAX = 100  # that are remembered
+ALOUD_SECONDS = 3
 _FOREVER = 9_223_372_036_854_775_807
+_COUNTS = re.compile(r"\d+/\d+ brokers are down|All broker|^Local: All")  # says nothing about why
+_HOPELESS = re.compile(r"SASL authentication|SASL \S+ mechanism|SSL handshake failed|certificate")
+_HTTP = str(int.from_bytes(b"HTTP", "big"))  # its first bytes, read as the length of an answer
 
 
 class Described(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +67,7 @@ class Described(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def retention(self) -> float | None:
         """Seconds; None: everything is kept (but for a limit in bytes)."""
-        millis = int(self.config.get("retention.ms", -1))
+        millis = int(self.config.get("retention.ms", -1)) if self.deletes else -1
         return None if millis < 0 or millis == _FOREVER else millis / 1000
 
     @property
@@ -83,16 +100,19 @@ class Cluster:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._errors: list[str] = []
+        self._errors: deque[str] = deque(maxlen=ERRORS_MAX)
         try:
-            self.admin = AdminClient(settings.client(error_cb=lambda e: self._errors.append(e.str())))
+            self._admin = AdminClient(settings.client(error_cb=lambda e: self._errors.append(e.str())))
         except KafkaException as e:
-            raise UsageError(
-                "UL1154", "the Kafka client does not take the settings of the URL", found=e.args[0].str(),
-                fix="https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md lists them",
-            ) from None  # fmt: skip
+            raise _wrong_settings(settings, e) from None
+        self._unreadable: set[str] = set()
         self.id = ""
         self.brokers = 0
+
+    @property
+    def admin(self) -> AdminClient:
+        self._admin.poll(0)  # what waits for this client: a login that needs a new token, or errors
+        return self._admin
 
     def connect(self, seconds: float = CONNECT_SECONDS) -> None:
         """Finds the cluster.
@@ -100,13 +120,14 @@ class Cluster:
         Raises:
             Unavailable: nobody answers there, with the reason as far as it is known.
         """
+        self._check_settings()
         end = REAL.monotonic() + seconds
         while True:
             try:
                 metadata = self.admin.list_topics(timeout=1.0)
                 break
             except KafkaException as e:
-                self.admin.poll(0)  # for the reasons: they come by callback
+                self._admin.poll(0)  # for the reasons: they come by callback
                 if REAL.monotonic() > end or (self._hopeless() and REAL.monotonic() > end - seconds + HOPELESS_SECONDS):
                     raise self._unreachable(e) from None
         self.brokers = len(metadata.brokers)
@@ -151,7 +172,12 @@ class Cluster:
             try:
                 entries = self._wait(future)
             except KafkaException as e:
-                log.warning("the settings of %s cannot be read: %s", resource.name, e.args[0].str())
+                if resource.name not in self._unreadable:  # once is enough
+                    self._unreadable.add(resource.name)
+                    log.warning(
+                        "the settings of %s cannot be read, so they are not checked (grant DESCRIBE_CONFIGS): %s",
+                        resource.name, e.args[0].str(),
+                    )  # fmt: skip
                 continue
             found[resource.name] = {name: entry.value for name, entry in entries.items() if entry.value is not None}
         return found
@@ -232,7 +258,7 @@ class Cluster:
         try:
             return work()
         except KafkaException as e:
-            self.admin.poll(0)
+            self._admin.poll(0)
             raise self._unreachable(e) from None
 
     def _patiently(self, work: Callable[[], T], what: str) -> T:
@@ -249,29 +275,100 @@ class Cluster:
                     raise sorted_error(e, what) from None
                 REAL.pause(0.1)
 
+    def _check_settings(self) -> None:
+        """Makes the other kinds of clients once: what one of them would not take is better said now.
+
+        Raises:
+            UsageError: it does not.
+        """
+        try:
+            Producer(self.settings.producer(error_cb=_ignore))
+            Consumer(self.settings.consumer("unlost-check", error_cb=_ignore)).close()
+        except KafkaException as e:
+            raise _wrong_settings(self.settings, e) from None
+
     def _hopeless(self) -> bool:
         """Whether waiting longer is no use: the login or the encryption is wrong."""
-        return any("authentication" in text.lower() or "ssl" in text.lower() for text in self._errors)
+        return any(_HOPELESS.search(text) for text in self._errors)
 
     def _unreachable(self, e: KafkaException) -> UnlostError:
-        cause = self._errors[-1] if self._errors else e.args[0].str()
-        telling = [text for text in self._errors if not text.startswith(("All broker", "1/1 brokers", "Local: All"))]
-        if telling:
-            cause = telling[0]
+        """What is wrong, as far as the client says it, and what to do."""
+        telling = [text for text in self._errors if not _COUNTS.search(text)]
+        cause = telling[0] if telling else self._asked_aloud() or e.args[0].str()
+        cause = self.settings.without_secrets(cause)
         low = cause.lower()
-        if "ssl handshake" in low or "certificate" in low:
-            fix = "check security.protocol and ssl.ca.location in the URL, and that the server speaks TLS on this port"
-        elif "authentication" in low or "sasl" in low:
-            fix = "check user, password and sasl.mechanism; a server without SASL needs a URL without a user"
+        where = self.settings.bootstrap
+        if re.search(r"SASL authentication|SASL \S+ mechanism", cause):
+            named = re.search(r"supported mechanisms: *([A-Z0-9_, -]*)", cause)
+            if named is None:
+                fix = "check user, password and sasl.mechanism in the broker's URL"
+            elif named[1].strip():
+                fix = f"the cluster takes one of these: sasl.mechanism={named[1].strip()}"
+            else:
+                fix = "this server wants no login: leave user and password out of the URL"
+            return UsageError("UL1146", f"the Kafka cluster at {where} refused the login", found=cause, fix=fix)
+        if "plaintext broker listener" in low:
+            fix = "this server speaks no TLS: security.protocol is PLAINTEXT there, or SASL_PLAINTEXT with a login"
+        elif "certificate" in low:
+            fix = "ssl.ca.location in the URL names the file with the certificate of the authority that signed the server's"
+        elif "ssl handshake" in low:
+            fix = "check security.protocol and the ssl settings in the URL"
         elif "refused" in low:
             fix = "is the cluster running, and is this its port?"
         elif "resolve" in low:
             fix = "check the name of the server"
-        elif "disconnected" in low or "apiversion" in low or "timed out" in low:
-            fix = "is this port spoken to in its own protocol? Try security.protocol=SSL or SASL_SSL in the URL"
+        elif "invalid response size" in low:
+            fix = "something else than Kafka answers there; check the port" + (
+                " (it speaks HTTP)" if _HTTP in low else ""
+            )
+        elif "in state up" in low:
+            fix = "the server ends the connection: it may want a login (kafka://user:password@… and security.protocol)"
+        elif "disconnected" in low:
+            fix = "it may speak TLS: security.protocol is SSL there, or SASL_SSL with a login. Else: is it a Kafka server?"
+        elif "timed out" in low:
+            fix = "it takes the connection and does not answer: is that the port of a Kafka server, and is it well?"
         else:
-            fix = "check the URL: " + "kafka://host:9092"
-        return Unavailable("UL2100", f"no Kafka cluster answers at {self.settings.bootstrap}", found=cause, fix=fix)
+            fix = "check the URL: kafka://host:9092"
+        return Unavailable("UL2100", f"no Kafka cluster answers at {where}", found=cause, fix=fix)
+
+    def _asked_aloud(self) -> str:
+        """Some reasons the client only logs: so it is asked once more, with somebody who listens."""
+        told = _Told()
+        quick = {"api.version.request.timeout.ms": ALOUD_SECONDS * 1000 // 2}
+        client = AdminClient(self.settings.client(logger=told.logger, log_level=6, error_cb=_ignore, **quick))
+        with contextlib.suppress(KafkaException):
+            client.list_topics(timeout=ALOUD_SECONDS)
+        client.poll(0)
+        return told.reason
+
+
+class _Told(logging.Handler):
+    """Keeps the first reason that a client logs for not being connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+        self.logger = logging.Logger("unlost.kafka.aloud", logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind, _, text = record.getMessage().partition(" ")
+        if kind == "FAIL" and not self.reason:
+            self.reason = text.partition("]: ")[2] or text
+
+
+def _ignore(error: KafkaError) -> None:
+    """The other client says it."""
+
+
+def _wrong_settings(settings: Settings, e: KafkaException) -> UsageError:
+    files = {name: value for name, value in settings.options.items() if name.endswith(".location")}
+    missing = [f"{name}: there is no {value}" for name, value in files.items() if not Path(value).exists()]
+    return UsageError(
+        "UL1154", "the Kafka client does not take the settings of the URL",
+        found=", ".join(missing) or settings.without_secrets(e.args[0].str()),
+        fix="https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md lists them",
+    )  # fmt: skip
 
 
 def identity_of(cluster: Cluster) -> str:
@@ -306,12 +403,17 @@ def check_against(topic: Topic, there: Described) -> None:
         ("min_insync", topic.min_insync, there.min_insync),
     ):
         if declared is not None and found < declared:
+            if what == "min_insync" and not there.config:
+                raise UsageError(
+                    "UL1104", f"the topic {topic.name!r} is declared with min_insync={declared}",
+                    found="this user may not read the topic's settings", fix="grant DESCRIBE_CONFIGS on the topic",
+                )  # fmt: skip
             raise UsageError(
                 "UL1104", f"the topic {topic.name!r} is declared with {what}={declared}", found=f"the cluster has {found}",
                 fix="raise it on the cluster (unlost changes no topic that exists), or declare what there is",
             )  # fmt: skip
     declared_retention = None if topic.retention is None else duration(topic.retention)
-    if declared_retention is not None and there.retention != declared_retention:
+    if declared_retention is not None and there.config and there.retention != declared_retention:
         kept = "everything" if there.retention is None else f"{there.retention:g} s"
         log.warning(
             "UL1105: the topic %r is declared with a retention of %g s; the cluster keeps %s, and that stays so",

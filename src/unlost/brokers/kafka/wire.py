@@ -57,7 +57,7 @@ def arrival_of(
     recorded = millis * 1000
     found = peek(headers)
     if found is not None and (value is None or len(value) <= MAX_EVENT_BYTES):
-        return Arrival(position, None, recorded, None, key, value, "", "", headers, topic, *found)
+        return Arrival(position, None, recorded, None, key, value, "", "", topic, *found)
     if decoder is not None and not _cloudevent(headers):
         message = Foreign(
             topic=topic, partition=partition, position=position, key=key, value=value, headers=headers,
@@ -75,8 +75,8 @@ def arrival_of(
 
 def original_headers(arrival: Arrival) -> Headers:
     """The headers that a message came with."""
-    if arrival.headers is not None:
-        return arrival.headers
+    if arrival.layout is not None:
+        return list(zip(arrival.layout.names, arrival.values, strict=True))
     kept = None if arrival.head is None else _kept(arrival.head)
     if kept is not None:
         return kept
