@@ -13,7 +13,7 @@ from unlost.errors import UsageError
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SECONDS_MAX = 300 * 366 * 86400.0  # in microseconds it still fits into every column
-_IN_AUTHORITY = re.compile(r"(?<=://)([^/?#@\s:]*):(?:[^?#\s]*|\S*)@")  # a password may have anything in it
+_IN_AUTHORITY = re.compile(r"(:/*)([^/?#@\s:]*):(?:[^?#\s]*|\S*)@")  # a password may have anything in it
 _IN_QUERY = re.compile(
     r"(?i)([?&;][^=&]*(?:password|passwd|passphrase|secret|token|key|pem|oauthbearer.config|assertion)[^=&]*=)[^&\s]+"
 )
@@ -122,4 +122,4 @@ def hide_secrets(url: str) -> str:
     >>> hide_secrets("kafka://ann:s3cret@host/?sasl_password=x")
     'kafka://ann:***@host/?sasl_password=***'
     """
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1:***@", url))
+    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1\2:***@", url))

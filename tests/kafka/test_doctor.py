@@ -321,7 +321,7 @@ async def test_the_outbox(url: str, tmp_path: Path) -> None:
     envelope = seal(OrderPlaced(order_id="A9"), source="billing", now=REAL.now())
     file.write_sync(lambda tx: outbox.put(tx, [envelope]))
     file.close()
-    red(doctor(url), "UL4409", "error", "1 rows in unlost_outbox")
+    red(doctor(url), "UL4409", "error", "1 row in unlost_outbox")
 
 
 async def test_a_store_that_cannot_be_opened(url: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def looking(shell: Shell) -> Iterator[Any]:
         yield here
 
 
+@lru_cache
 def admin(kafka: Any) -> AdminClient:
+    """Kept: what a client has promised is never kept once the client is gone."""
     return AdminClient({"bootstrap.servers": kafka.internal})
 
 

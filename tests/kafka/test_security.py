@@ -22,7 +22,7 @@ from confluent_kafka.admin import (
     ResourcePatternType,
     ResourceType,
 )
-from kafka_kit import a_store, everything, make_topic, send, serving, until, url_of
+from kafka_kit import a_store, everything, make_topic, serving, until
 
 from servers.fixtures import require_kafka
 from servers.kafka import Kafka
@@ -341,8 +341,9 @@ def test_no_part_of_a_secret_is_shown(secret_url: str) -> None:
         assert CANARY not in str(error) + repr(error)
         return
     assert CANARY not in repr(settings) + str(settings)
-    assert set(settings.options) & set(SECRETS) or "password" in settings.options
-    assert CANARY not in settings.without_secrets(f"the value {CANARY} is wrong") or f"x/{CANARY}" in secret_url
+    (name,) = set(settings.options) & set(SECRETS)
+    secret = settings.options[name]
+    assert CANARY in secret and secret not in settings.without_secrets(f"the value {secret} is wrong")
 
 
 PROGRAM = """
@@ -377,7 +378,7 @@ def test_the_canary_stays_silent(guarded: Kafka, fresh_prefix: str, tmp_path: Pa
     env.pop("UNLOST_BROKER", None)
 
     def cli(*arguments: str, code: int | None = 0, seconds: float = 40) -> str:
-        command = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "unlost", *arguments]
+        command = [sys.executable, "-m", "unlost", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=seconds)
         assert code is None or done.returncode == code, (arguments, done.stdout, done.stderr)
         return done.stdout + done.stderr
@@ -388,8 +389,7 @@ def test_the_canary_stays_silent(guarded: Kafka, fresh_prefix: str, tmp_path: Pa
     assert "alice:***@" in said and "UNLOST_BROKER_FILE" in said
     said += cli("run", "shop", code=2)
     assert "UL1146" in said
-    said += cli("publish", "order.OrderPlaced", "order_id=1", "--app", "shop", code=2)
-    said += cli("status", code=None) + cli("run", "shop", "--json", code=2)
+    said += cli("publish", "order.OrderPlaced", "order_id=1", "--app", "shop", "--json", code=2)
     secret.write_text(f"kafka://alice:{CANARY}?x@{guarded.bootstrap}")
     said += cli("run", "shop", code=2) + cli("config")
     secret.write_text(f"kafka://{guarded.bootstrap}?security.protocol=SASL_SSL&ssl.key.pem={CANARY}")
@@ -430,10 +430,3 @@ async def test_objects_and_logs_keep_the_secret(
             repr(broker.abilities),
         ]
     assert "admin-secret" not in caplog.text + " ".join(texts)
-
-
-def test_nothing_is_read_from_a_plain_cluster_by_accident(kafka: Kafka, fresh_prefix: str) -> None:
-    """The helper itself works without security (it uses the internal listener)."""
-    send(kafka, f"{fresh_prefix}.x", [(b"k", b"v", [])])
-    assert everything(kafka, f"{fresh_prefix}.x", 1)[0].value() == b"v"
-    assert url_of(kafka, fresh_prefix).startswith("kafka://")

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlost.audit import Evidence, Listed, reconcile
+from unlost.audit import Evidence, Listed, Passed, reconcile
 from unlost.store.progress import Runs
 
 
@@ -71,6 +71,53 @@ def test_a_loss_that_a_duplicate_would_hide_shows_in_the_digest() -> None:
 def test_outcomes_that_were_never_counted_are_unaccounted() -> None:
     books = reconcile([evidence(counts={"done": 3, "skipped:where": 1})])
     assert books.unaccounted == books.unnamed == 2
+
+
+def test_positions_without_an_event_were_never_accepted() -> None:
+    books = reconcile([evidence(counts={"done": 3, "skipped:where": 1, "void": 2})])
+    book = books.services["billing"]
+    assert books.balanced
+    assert (book.accepted, book.done, book.dead, book.parked, book.in_flight, book.waiting) == (8, 3, 1, 1, 1, 1)
+
+
+def test_what_a_log_let_go_of_is_named_and_balances_only_if_that_was_declared() -> None:
+    for kind, declared, balanced in (
+        ("expired", True, True), ("expired", False, False), ("unaccountable", True, False), ("unaccountable", False, False),
+    ):  # fmt: skip
+        passed = [Passed(2, 5, kind, "it is gone", declared)]
+        books = reconcile([evidence(counts={"done": 2, "skipped:where": 1}, passed=passed, forgets=True)])
+        book = books.services["billing"]
+        assert books.balanced is balanced and books.unaccounted == 0
+        assert (book.accepted, book.done, book.expired + book.unaccountable) == (10, 2, 3)
+        assert (book.expired, book.unaccountable) == ((3, 0) if kind == "expired" else (0, 3))
+        assert [str(r) for r in books.ranges] == ["billing order/0, positions 2 to 4: it is gone"]
+
+
+def test_what_expired_while_nobody_ran_is_named_before_it_is_settled() -> None:
+    gone = evidence(end=30, log_start=20, read=0, forgets=True)
+    books = reconcile([gone])
+    book = books.services["billing"]
+    assert not books.balanced and books.missing == []
+    assert [(r.start, r.end, r.kind, r.declared) for r in books.ranges] == [(8, 20, "expired", False)]
+    assert (book.accepted, book.expired, book.waiting, book.in_flight, book.unaccounted) == (30, 12, 10, 0, 0)
+    assert "not settled yet" in books.ranges[0].why and "declares no retention" in books.ranges[0].why
+    assert reconcile([evidence(end=30, log_start=20, read=0, forgets=True, declared=True)]).balanced
+    in_hand = reconcile([evidence(end=30, log_start=20, read=15, forgets=True)]).services["billing"]
+    assert (in_hand.in_flight, in_hand.expired, in_hand.waiting) == (7, 5, 10)
+
+
+def test_a_log_that_forgets_nothing_has_no_excuse() -> None:
+    books = reconcile([evidence(end=30, log_start=20, read=0)])
+    assert [m.position for m in books.missing] == list(range(8, 20))
+
+
+def test_a_range_that_is_listed_and_has_no_outcome_is_a_finding() -> None:
+    books = reconcile([evidence(passed=[Passed(8, 9, "expired", "gone", True)], forgets=True)])
+    assert any("listed as expired, but have no outcome" in finding for finding in books.findings)
+
+
+def test_what_was_seen_while_looking_is_a_finding() -> None:
+    assert not reconcile([evidence()], findings=["the topic is another one"]).balanced
 
 
 def test_counting_twice_is_a_finding() -> None:

@@ -14,6 +14,7 @@ import unlost.demo
 from unlost import App, UsageError
 from unlost.audit import Book, Books, Missing
 from unlost.demo import mail, run
+from unlost.demo.broker import place
 from unlost.demo.folder import broker_path, prepare
 from unlost.demo.orders import Order, as_they_came, per_day, read_orders
 from unlost.demo.service import Notebook, read_notes
@@ -211,6 +212,37 @@ def test_bad_arguments_are_refused_before_anything_is_made(
 ) -> None:
     assert run.main(folder=tmp_path / "demo", **arguments) == 2  # type: ignore[arg-type]
     assert code in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+# --- the broker of a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_on_kafka_has_names_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UNLOST_BROKER", raising=False)
+    assert place(tmp_path, None).url == f"embedded://{broker_path(tmp_path)}"
+    url = "kafka://ann:s3cret@host:9093?prefix=test.&sasl.mechanism=SCRAM-SHA-256"
+    one, two = place(tmp_path, url), place(tmp_path, url)
+    assert one.prefix != two.prefix and one.prefix.startswith("test.unlost-demo-") and one.prefix.endswith(".")
+    assert f"&prefix={one.prefix}&session.timeout.ms=6000" in one.url and "SCRAM-SHA-256" in one.url
+    assert one.has_secrets and "s3cret" not in one.shown
+    monkeypatch.setenv("UNLOST_BROKER", "kafka://host")
+    assert place(tmp_path, None).on_kafka and not place(tmp_path, None).has_secrets
+    monkeypatch.setenv("UNLOST_BROKER", "embedded:///elsewhere/events.db")
+    assert place(tmp_path, None).url == f"embedded://{broker_path(tmp_path)}"
+    with pytest.raises(UsageError, match="UL1396"):
+        place(tmp_path, "embedded:///elsewhere/events.db")
+
+
+def test_a_bug_without_sense_on_kafka_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(folder=tmp_path / "demo", break_="ack-before-commit", broker="kafka://127.0.0.1:1") == 2
+    assert "UL1397" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_cluster_that_does_not_answer_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(folder=tmp_path / "demo", broker="kafka://127.0.0.1:1") == 4
+    assert "UL2100" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 

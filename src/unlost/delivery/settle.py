@@ -45,7 +45,11 @@ class Settler:
 
     @property
     def full(self) -> bool:
-        return self._waiting >= BUFFER_MAX
+        """Whether runners should wait in `room`."""
+        if self._waiting < BUFFER_MAX:
+            return False
+        self._room.clear()
+        return True
 
     def put(self, owned: Owned, outcome: Outcome | Gap) -> int:
         """Takes an outcome, or positions that hold no event; the number is for `flush`."""
@@ -61,15 +65,17 @@ class Settler:
         plain.positions.append(position)
         plain.digest ^= event_hash
         plain.size += size
-        return self._count()
+        self._put += 1
+        self._waiting += 1
+        if self._waiting == 1:
+            self._work.set()
+        return self._put
 
     def _count(self) -> int:
         if not self._waiting:
             self._work.set()
         self._waiting += 1
         self._put += 1
-        if self._waiting >= BUFFER_MAX:
-            self._room.clear()
         return self._put
 
     async def room(self) -> None:

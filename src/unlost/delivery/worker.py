@@ -242,8 +242,10 @@ class Worker:
             error = e  # whoever cancelled it: that is a failure, not a success
         finally:
             late = run.end()
-        if run.task is not None and run.task.cancelling() and run.cancelled:
+        if run.cancelled:
             await run.shake_off()
+        if error is None and not late and ctx is None:
+            return None
         if run.given_up and error is not None:
             if ctx is not None:
                 ctx.close("the service stops")
@@ -603,7 +605,11 @@ class Worker:
         active = self._active
         count = 0
         while not run.given_up:
-            lane = self._choose()
+            if self._ready and not (self._stopping or self._suspicion.count):
+                lane: Lane | None = self._ready.popleft()
+                lane.ready = False  # type: ignore[union-attr]
+            else:
+                lane = self._choose()
             if lane is None:
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._idle.append(future)
@@ -619,9 +625,12 @@ class Worker:
             owned.running += 1
             run.lane = lane
             try:
-                if lane.stored and not lane.loaded:
-                    await self._load(lane)
-                d = lane.head
+                if lane.stored or lane.loaded or not lane.queue:
+                    if lane.stored and not lane.loaded:
+                        await self._load(lane)
+                    d = lane.head
+                else:
+                    d = lane.queue[0]
                 if d is not None and (owned.gone or owned.draining):
                     self._let_on(d.handler.name)
                 elif d is not None and not self._held_back(lane, d):
@@ -1101,6 +1110,7 @@ class _Running:
 
     def __init__(self, hands: Hands) -> None:
         self._hands = hands
+        self._take_up, self._put_down = hands.take_up, hands.put_down
         self.task: asyncio.Task[None] | None = None
         self.lane: Lane | None = None
         self.given_up = False
@@ -1113,18 +1123,18 @@ class _Running:
         self._since = now
         self._cancels = 0
         self._delivery = d
-        self._hands.take_up(d.lane.owned.taken.address, d.arrival.position, alone)
+        self._take_up(d.lane.owned.taken.address, d.arrival.position, alone)
 
     def end(self) -> bool:
         """True if the handler was past its deadline."""
         self._delivery = None
-        self._hands.put_down()
+        self._put_down()
         return self._cancels > 0
 
     @property
     def cancelled(self) -> bool:
         """Whether somebody cancelled the handler's task: the deadline, or the handler itself."""
-        return self.task is not None and self.task.cancelling() > 0 and not self.given_up
+        return self.task.cancelling() > 0 and not self.given_up  # type: ignore[union-attr]
 
     async def shake_off(self) -> None:
         """Cancellations were meant for the handler that has ended: neither the runner nor the next one gets them."""

@@ -509,6 +509,7 @@ class Layout(NamedTuple):
 _LAYOUTS_MAX = 1024
 _PEEK_BYTES_MAX = 4096  # of all headers; what is larger is read with more care
 _layouts: dict[tuple[str, ...], Layout | None] = {}
+_UNKNOWN: Any = object()
 
 
 def peek(
@@ -524,34 +525,33 @@ def peek(
     if not headers:
         return None
     names, values = zip(*headers, strict=True)
-    try:
-        layout = _layouts[names]
-    except KeyError:
+    layout = _layouts.get(names, _UNKNOWN)
+    if layout is _UNKNOWN:
         layout = _learn(names)
     if layout is None:
         return None
     try:
         joined = b"".join(values)
-        if not joined.isascii() or len(joined) > _PEEK_BYTES_MAX or values[layout.version] != b"1.0":
-            return None
-        id, source = values[layout.id], values[layout.source]
-        type, time = values[layout.type].decode(), values[layout.time].decode()
-        kind = values[layout.kind] if layout.kind >= 0 else b""
-        revision = values[layout.revision] if layout.revision >= 0 else b"1"
-        if (
-            not (id and source and type and revision)
-            or not f"{type}{id.decode()}{source.decode()}".isprintable()
-            or len(time) != 27 or time[26] != "Z" or time[19] != "." or not time[20:26].isdigit()
-            or not is_second(time[:19])
-            or (kind != b"application/json" and b"cloudevents" in kind.lower())
-            or (revision != b"1" and not (revision.isdigit() and len(revision) < 9 and int(revision) > 0))
-        ):  # fmt: skip
-            return None
     except TypeError:  # a header without a value
         return None
-    digest = blake2b(source + b"\0" + id, digest_size=8).digest()
-    simple = kind == b"application/json" and revision == b"1"
-    return type, int.from_bytes(digest, "big", signed=True), simple, values, layout
+    id, source, time = values[layout.id], values[layout.source], values[layout.time]
+    kind = values[layout.kind] if layout.kind >= 0 else b""
+    revision = values[layout.revision] if layout.revision >= 0 else b"1"
+    if (
+        len(joined) > _PEEK_BYTES_MAX or not joined.isascii() or not joined.decode().isprintable()
+        or not (id and source and values[layout.type]) or values[layout.version] != b"1.0"
+        or len(time) != 27 or time[26:] != b"Z" or not time[20:26].isdigit() or not _is_second_of(time[:20])
+        or (kind != b"application/json" and b"cloudevents" in kind.lower())
+        or (revision != b"1" and not (revision.isdigit() and len(revision) < 9 and int(revision) > 0))
+    ):  # fmt: skip
+        return None
+    digest = int.from_bytes(blake2b(source + b"\0" + id, digest_size=8).digest(), "big", signed=True)
+    return values[layout.type].decode(), digest, kind == b"application/json" and revision == b"1", values, layout
+
+
+@lru_cache(maxsize=256)
+def _is_second_of(text: bytes) -> bool:
+    return text[19:] == b"." and is_second(text[:19].decode())
 
 
 def read_peeked(

@@ -302,7 +302,8 @@ def _outbox(store: StoreFacts, now: int) -> Iterator[Finding]:
         yield _ok("UL4409", "the outbox is empty", store.path)
         return
     age = max(0.0, (now - store.oldest) / 1e6)
-    evidence = f"{store.unsent:,} rows in unlost_outbox, the oldest is {age:,.0f} s old"
+    rows = "1 row" if store.unsent == 1 else f"{store.unsent:,} rows"
+    evidence = f"{rows} in unlost_outbox, the oldest is {age:,.0f} s old"
     if not store.relay:
         yield Finding(
             severity="error", code="UL4409", what="events that handlers published wait in the outbox, and no process sends them",

@@ -6,6 +6,7 @@ Every function that writes takes the open `Transaction`, so that whatever belong
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,16 +283,13 @@ class _Hands:
     def __init__(self, file: ProcessFile) -> None:
         self._file = file
         self._cell = file.take_cell()
-
-    def take_up(self, address: int, position: int, alone: bool) -> None:
-        self._file.started(self._cell, address, position, alone)
-
-    def put_down(self) -> None:
-        self._file.clear(self._cell)
+        self.take_up = partial(file.started, self._cell)
+        self.put_down = partial(file.clear, self._cell)
 
     def close(self) -> None:
         self._file.give_cell(self._cell)
-        self._cell = -1
+        self.take_up = partial(self._file.started, -1)
+        self.put_down = partial(self._file.clear, -1)
 
 
 # --- the parts, each inside the caller's commit --------------------------------------------------------------

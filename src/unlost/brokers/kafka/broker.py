@@ -27,6 +27,7 @@ from unlost.errors import UnlostError, UsageError
 from unlost.events import MAX_EVENT_BYTES, Envelope, partition_of
 from unlost.events.topic import Arrival, Decoder, Topic, TopicInfo, Unit
 
+BATCH_BYTES = 1_000_000  # librdkafka's own limit for a batch
 HEADER_BYTES = 16  # what a header costs beside its text, at most
 SESSION_SECONDS = 10.0
 
@@ -36,6 +37,8 @@ class KafkaBroker:
         self.settings = settings
         self.cluster = Cluster(settings)
         self._publisher: Publisher | None = None
+        self._narrow: dict[int, Publisher] = {}  # by their largest batch
+        self._low: dict[str, int] = {}  # topics that take no batch of the usual size
         self._starting = threading.Lock()
         self._known: dict[str, Described] = {}  # by our names
         self._decoders: dict[str, Decoder] = {}
@@ -72,8 +75,9 @@ class KafkaBroker:
 
     async def close(self) -> None:
         self._closed = True
-        if self._publisher is not None:
-            await asyncio.to_thread(self._publisher.close)
+        for publisher in (self._publisher, *self._narrow.values()):
+            if publisher is not None:
+                await asyncio.to_thread(publisher.close)
         if self._log is not None:
             await asyncio.to_thread(self._log.close)
             self._log = None
@@ -93,7 +97,15 @@ class KafkaBroker:
             await asyncio.to_thread(self._find_or_make, sorted(missing))
         publisher = self._publisher or self._start_publisher()
         call = Call(asyncio.get_running_loop(), len(envelopes))
-        publisher.send(call, [self._sent(publisher, call, place, e) for place, e in enumerate(envelopes)])
+        if not self._low:
+            publisher.send(call, [self._sent(publisher, call, place, e) for place, e in enumerate(envelopes)])
+            return await call.future
+        groups: dict[Publisher, list[Sent]] = {}
+        for place, e in enumerate(envelopes):
+            publisher = self._publisher_for(e.topic)
+            groups.setdefault(publisher, []).append(self._sent(publisher, call, place, e))
+        for publisher, events in groups.items():
+            publisher.send_or_refuse(call, events)
         return await call.future
 
     async def mirror(
@@ -113,7 +125,7 @@ class KafkaBroker:
         there, partition = self._known[topic], origin[1]
         if partition >= there.partitions:
             partition = next(self._turn) % there.partitions if key is None else partition_of(key, there.partitions)
-        publisher = self._publisher or self._start_publisher()
+        publisher = self._publisher_for(topic)
         call = Call(asyncio.get_running_loop(), 1)
         size = len(data or b"") + len(key or b"") + 1024
         publisher.send(
@@ -189,6 +201,18 @@ class KafkaBroker:
                 self._publisher = Publisher(self.settings)
             return self._publisher
 
+    def _publisher_for(self, topic: str) -> Publisher:
+        """The cluster measures a batch as if it were one message, so topics with a low limit have their own producer."""
+        limit = self._low.get(topic)
+        if limit is None:
+            return self._publisher or self._start_publisher()
+        with self._starting:
+            if self._closed:
+                raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
+            if limit not in self._narrow:
+                self._narrow[limit] = Publisher(self.settings, batch_bytes=limit)
+            return self._narrow[limit]
+
     def _declare(self, topics: Sequence[Topic]) -> list[TopicInfo]:
         prefix = self.settings.prefix
         there = self.cluster.describe([prefix + t.name for t in topics])
@@ -222,7 +246,11 @@ class KafkaBroker:
         self._remember(there)
 
     def _remember(self, there: dict[str, Described]) -> None:
-        self._known.update({name[len(self.settings.prefix) :]: found for name, found in there.items()})
+        for full, found in there.items():
+            name = full[len(self.settings.prefix) :]
+            self._known[name] = found
+            if found.bytes_max < BATCH_BYTES:
+                self._low.setdefault(name, found.bytes_max)  # for good: a topic keeps its producer, and so its order
 
     def _infos(self, there: dict[str, Described]) -> list[TopicInfo]:
         self._remember(there)

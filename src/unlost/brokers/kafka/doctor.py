@@ -37,6 +37,8 @@ TOUCH_SECONDS = 2.0  # for a connection to an address that a broker names
 TOUCHED_AT_A_TIME = 8
 VERSION_SECONDS = 3.0
 READS_MAX = 50  # events whose age is read; of more it is only said that they are older than half of the retention
+GROUPS_MAX = 200  # that are looked through for those of ours
+NAMED_MAX = 5
 OFFSETS = "__consumer_offsets"
 _UNKNOWN = ("UNKNOWN_TOPIC_OR_PART", "UNKNOWN_TOPIC_OR_PARTITION", "UNKNOWN_TOPIC", "_UNKNOWN_TOPIC")
 
@@ -168,11 +170,15 @@ class KafkaDoctor:
         asked = [ConfigResource(kind, name) for name in names]
         if not asked:
             return {}
-        found = {}
+        found: dict[str, dict[str, str]] = {}
+        failed: dict[str, list[str]] = {}
         for resource, future in self._admin.describe_configs(asked, request_timeout=self._seconds).items():
-            entries = self._ask(f"{what} {resource.name}", future.result)
-            if entries is not None:
+            try:
+                entries = future.result()
                 found[resource.name] = {n: e.value for n, e in entries.items() if e.value is not None}
+            except KafkaException as e:
+                failed.setdefault(e.args[0].str(), []).append(self._bare(resource.name))
+        self._skip_all(what, failed)
         return found
 
     def _groups(self, ours: Ours, topics: Mapping[str, TopicFacts]) -> dict[str, GroupFacts]:
@@ -187,6 +193,11 @@ class KafkaDoctor:
             names = [g.group_id for g in (told.valid if told else ()) if g.group_id.startswith(prefix)]
             for e in told.errors or () if told else ():
                 self._skipped.append(f"the groups of a broker: {e}")
+            if len(names) > GROUPS_MAX:
+                self._skipped.append(
+                    f"{len(names) - GROUPS_MAX} of {len(names)} groups (name a service with --service)"
+                )
+                names = sorted(names)[:GROUPS_MAX]
         if not names:
             return {}
         described = self._admin.describe_consumer_groups(
@@ -242,8 +253,8 @@ class KafkaDoctor:
 
     def _ranges(self, topics: Mapping[str, TopicFacts]) -> dict[tuple[str, int], tuple[int, int]]:
         places = _led(topics.values())
-        first = self._offsets(places, OffsetSpec.earliest(), "where the logs begin")
-        last = self._offsets(places, OffsetSpec.latest(), "where the logs end")
+        first = self._offsets(places, OffsetSpec.earliest(), "the beginning of")
+        last = self._offsets(places, OffsetSpec.latest(), "the end of")
         return {
             (self._bare(topic), partition): (first[topic, partition][0], last[topic, partition][0])
             for topic, partition in first.keys() & last.keys()
@@ -258,11 +269,15 @@ class KafkaDoctor:
         asked = self._ask(
             what, lambda: self._admin.list_offsets(dict.fromkeys(places, spec), request_timeout=self._seconds)
         )
-        found = {}
+        found: dict[tuple[str, int], tuple[int, int]] = {}
+        failed: dict[str, list[str]] = {}
         for place, future in (asked or {}).items():
-            told = self._ask(f"{what} ({place.topic}/{place.partition})", future.result)
-            if told is not None:
+            try:
+                told = future.result()
                 found[place.topic, place.partition] = (told.offset, told.timestamp)
+            except KafkaException as e:
+                failed.setdefault(e.args[0].str(), []).append(f"{self._bare(place.topic)}/{place.partition}")
+        self._skip_all(what, failed)
         return found
 
     def _unread(
@@ -285,7 +300,7 @@ class KafkaDoctor:
             chosen = sorted({key[2] for key in waiting if key[1] == name})
             young = self._offsets(
                 [TopicPartition(topics[name].full, p) for p in chosen],
-                OffsetSpec.for_timestamp(max(0, int(now / 1000 - half * 1000))), f"the times of events on {name}",
+                OffsetSpec.for_timestamp(max(0, int(now / 1000 - half * 1000))), "the age of what waits on",
             )  # fmt: skip
             for key in (k for k in waiting if k[1] == name and (topics[name].full, k[2]) in young):
                 first_young = young[topics[name].full, key[2]][0]
@@ -318,7 +333,7 @@ class KafkaDoctor:
         stamped = [t for t in topics.values() if (t.config or {}).get("message.timestamp.type") == "LogAppendTime"]
         by_brokers = [*([offsets] if offsets is not None else []), *stamped]
         others = [t for t in topics.values() if t not in stamped]
-        newest = self._offsets(_led([*by_brokers, *others]), OffsetSpec.max_timestamp(), "the newest times")
+        newest = self._offsets(_led([*by_brokers, *others]), OffsetSpec.max_timestamp(), "the newest time on")
         now = REAL.now() / 1e6
 
         def latest(chosen: Iterable[TopicFacts]) -> float | None:
@@ -392,6 +407,12 @@ class KafkaDoctor:
             elif error.name() not in quiet:
                 self._skipped.append(f"{what}: {error.str()}")
             return None
+
+    def _skip_all(self, what: str, failed: Mapping[str, Sequence[str]]) -> None:
+        """One line for all that failed for the same reason."""
+        for error, names in failed.items():
+            more = f" and {len(names) - NAMED_MAX} more" if len(names) > NAMED_MAX else ""
+            self._skipped.append(f"{what} {', '.join(names[:NAMED_MAX])}{more}: {error}")
 
     def _bare(self, name: str) -> str:
         return name[len(self._settings.prefix) :] if name.startswith(self._settings.prefix) else name

@@ -12,7 +12,7 @@ from unlost.brokers.kafka.ledger import KafkaLedger
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.kafka.topics import Cluster, identity_of, info_of
-from unlost.brokers.kafka.wire import arrival_of, headers_in
+from unlost.brokers.kafka.wire import received
 from unlost.brokers.port import Ledger, Place
 from unlost.errors import Unavailable
 from unlost.events.topic import Arrival, Decoder, TopicInfo
@@ -102,12 +102,7 @@ class KafkaLog:
                     raise KafkaException(error)
                 position = m.offset() or 0
                 at = position + 1
-                found.append(
-                    arrival_of(
-                        topic, place.partition, position, max(0, m.timestamp()[1]), m.key(), m.value(), headers_in(m),
-                        self._decoders.get(topic),
-                    )
-                )  # fmt: skip
+                found.append(received(m, topic, self._decoders.get(topic)))
                 end = REAL.monotonic() + READ_SECONDS
             if REAL.monotonic() > end:
                 raise Unavailable(

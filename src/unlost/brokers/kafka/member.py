@@ -26,7 +26,7 @@ from confluent_kafka import OFFSET_END, Consumer, KafkaError, KafkaException, Me
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.kafka.topics import Cluster, Described
-from unlost.brokers.kafka.wire import arrival_of, headers_in
+from unlost.brokers.kafka.wire import received
 from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Gone, Lost, Revoked, Saved
 from unlost.errors import Damaged, UnlostError, UsageError
 from unlost.events.topic import Arrival, Decoder, Gap, Unit
@@ -279,11 +279,7 @@ class KafkaMember:
                 return  # the end, for now
         elif m.error() is not None:
             return
-        state.fresh.append(
-            arrival_of(
-                state.name, state.place[1], position, m.timestamp()[1], m.key(), m.value(), headers_in(m), state.decoder  # type: ignore[arg-type]
-            )
-        )  # fmt: skip
+        state.fresh.append(received(m, state.name, state.decoder))
         state.next = position + 1  # type: ignore[operator]
 
     def _hand_over(self, state: _State, changes: list[Change]) -> None:

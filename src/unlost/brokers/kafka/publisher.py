@@ -99,8 +99,9 @@ class Sent:
 class Publisher:
     """The one producer of a broker. `send` may be called from any event loop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, batch_bytes: int | None = None) -> None:
         self._settings = settings
+        self._more = {} if batch_bytes is None else {"batch.size": batch_bytes}
         self._lock = threading.Lock()
         self._pending: dict[int, Sent] = {}  # in the order of sending
         self._bytes = 0
@@ -145,6 +146,13 @@ class Publisher:
                 self._pending[event.number] = event
                 self._produce(event)
 
+    def send_or_refuse(self, call: Call, events: Sequence[Sent]) -> None:
+        """The same for a call of which another part may be under way: a refusal is the outcome of these events."""
+        try:
+            self.send(call, events)
+        except UnlostError as e:
+            _resolve([(event, e, None) for event in events])
+
     def close(self) -> None:
         """Waits for what is under way; what has no answer then is unknown."""
         with self._lock:
@@ -167,7 +175,7 @@ class Publisher:
     # --- the producer's thread ----------------------------------------------------------------------------
 
     def _make(self) -> Producer:
-        return Producer(self._settings.producer(error_cb=self._on_error))
+        return Producer(self._settings.producer(error_cb=self._on_error, **self._more))
 
     def _produce(self, e: Sent) -> None:
         try:

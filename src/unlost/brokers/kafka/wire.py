@@ -29,10 +29,6 @@ class _Raw(msgspec.Struct, frozen=True):
 _raw = msgspec.json.Decoder(_Raw).decode
 
 
-def headers_in(m: Message) -> Headers:
-    return m.headers() or ()  # type: ignore[return-value]  # (its stub knows more forms than there are)
-
-
 def headers_of(e: Envelope) -> tuple[list[tuple[str, bytes]], bytes | None]:
     """The event in binary mode.
 
@@ -47,6 +43,18 @@ def headers_of(e: Envelope) -> tuple[list[tuple[str, bytes]], bytes | None]:
                 "UL1012", f"the attributes of an event have at most {MAX_HEAD_BYTES} bytes", found=f"{size} bytes"
             )
     return headers, value
+
+
+def received(m: Message, topic: str, decoder: Decoder | None) -> Arrival:
+    """What a message of our topic is to us. Never raises for what it holds."""
+    headers: Any = m.headers() or ()
+    found = peek(headers)
+    value: Any = m.value()
+    if found is not None and (value is None or len(value) <= MAX_EVENT_BYTES):
+        return Arrival(m.offset(), None, m.timestamp()[1] * 1000, None, m.key(), value, "", "", topic, *found)  # type: ignore[arg-type]
+    return arrival_of(
+        topic, m.partition() or 0, m.offset() or 0, m.timestamp()[1], m.key(), value, headers, decoder  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def arrival_of(
