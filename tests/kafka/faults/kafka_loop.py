@@ -7,6 +7,7 @@ session; members come and go; brokers die and come back; connections are cut bet
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import workload
+from confluent_kafka import ElectionType
 from evidence import Journal, read
+from kafka_books import admin
 from kafka_stage import QUICK, Child, Stage
 from workload import CONTRACTS, Job, operating, publishing, publishing_sync
 
@@ -196,6 +199,38 @@ class Loop:
         self._tend(self.rng.random() * 3)
         self.kafka.cont()
 
+    def broker_loss(self) -> None:
+        """One of several: the others go on without it."""
+        assert self.kafka is not None
+        n = self.rng.choice(list(self.kafka._nodes))
+        self.report.by_kind["broker lost"] += 1
+        self.kafka.kill(n)
+        self._tend(1 + self.rng.random() * 6)
+        self.kafka.restart(n)
+        self.kafka.wait_in_sync()
+
+    def broker_freeze(self) -> None:
+        """One of several stands still for longer than its session with the controller, and comes back."""
+        assert self.kafka is not None
+        n = self.rng.choice(list(self.kafka._nodes))
+        self.report.by_kind["broker frozen"] += 1
+        self.kafka.stop(n)
+        self._tend(1 + self.rng.random() * 9)
+        self.kafka.cont(n)
+        self.kafka.wait_ready()
+        self.kafka.wait_in_sync()
+
+    def leader_change(self) -> None:
+        """The leaders go to the replicas that are preferred, which they are not after a loss; and by moving them on."""
+        assert self.kafka is not None
+        self.report.by_kind["leaders moved"] += 1
+        n = self.rng.choice(list(self.kafka._nodes))
+        self.kafka.end(n)  # it hands its leaderships over before it ends
+        self.kafka.restart(n)
+        self.kafka.wait_in_sync()
+        with contextlib.suppress(Exception):  # "none was needed" is an error to the client
+            admin(self.kafka.internal).elect_leaders(ElectionType.PREFERRED).result(20)
+
     def cut(self) -> None:
         """The broker does what was asked, and its reply is lost."""
         assert self.kafka is not None
@@ -368,7 +403,8 @@ def play(
     seed = int(os.environ.get("SEED", "0")) or int.from_bytes(os.urandom(3), "big")
     inside = "" if kafka is None else kafka.internal
     with Stage(folder, bootstrap, prefix, options=QUICK if options is None else options, inside=inside) as stage:
-        report = Loop(stage, seed, weights, kafka=kafka, **more).run()
+        kills = int(os.environ.get("KILLS", "1000000"))
+        report = Loop(stage, seed, weights, kafka=kafka, kills=kills, **more).run()
         print(report)
         assert not report.wrong, "\n".join(
             [f"{report}", f"history in {folder}", *report.wrong[:30], stage.said()[-3000:]]

@@ -23,6 +23,8 @@ from evidence import Effect, Journal, read
 from kafka_books import Unit, balance, committed, positions
 from workload import SCHEMA, effects
 
+from unlost.ops import books as books_module
+from unlost.ops.connect import opened
 from unlost.testing import sabotage, sabotage_kafka
 
 # what makes a member be missed soon, and still lets a busy machine of two cores breathe
@@ -196,7 +198,22 @@ class Stage:
     def verdict(self, contracts: Sequence[Contract]) -> list[str]:
         """Everything that is wrong: the checker's anomalies, and books that do not balance."""
         found = [str(a) for a in check(read(self.evidence), self.effects(), contracts, atomic_batches=False)]
-        return found + [f"audit: {line}" for line in balance(self.store, self.inside, self.prefix)]
+        found += [f"audit: {line}" for line in balance(self.store, self.inside, self.prefix)]
+        return found + [f"product audit: {line}" for line in self.audit()]
+
+    def audit(self) -> list[str]:
+        """What `unlost audit` finds, with every event of the log read again."""
+        url = f"kafka://{self.inside}?prefix={self.prefix}"
+        with opened(url, store=f"embedded://{self.store}") as looking:
+            file, log = looking.pair()
+            books = books_module.books(file, log=log)
+            found = [
+                *books.findings,
+                *books.unaccountable,
+                *map(str, books.missing),
+                *books_module.verify(file, log=log),
+            ]
+            return found if found or books.balanced else [f"{books.unaccounted} events are unaccounted for"]
 
 
 @contextlib.contextmanager

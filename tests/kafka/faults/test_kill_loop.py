@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
 from kafka_loop import KILLS, Report, play
 
 from servers.fixtures import require_kafka
@@ -83,3 +84,12 @@ def test_network_is_cut(fresh_prefix: str, tmp_path: Path) -> None:
         weights = {"cut": 12, "net_down": 1, "swallow": 0.7, "kill": 1, "leave": 0.5}
         loop(tmp_path, weights, fresh_prefix, kafka.bootstrap, kafka=kafka, pace=0.25)
         assert kafka.proxy.cut.total() > SECONDS, kafka.proxy.cut
+
+
+@pytest.mark.slow
+def test_brokers_are_lost(fresh_prefix: str, tmp_path: Path) -> None:
+    """6: three brokers, three copies, two in sync: one is killed, frozen, or hands its leaderships over."""
+    require_kafka()
+    with Kafka.start(3) as kafka:
+        weights = {"broker_loss": 3, "broker_freeze": 2, "leader_change": 1, "kill": 3, "pause": 1, "zombie": 1}
+        loop(tmp_path, weights, fresh_prefix, kafka.bootstrap, kafka=kafka)

@@ -53,7 +53,7 @@ def received(m: Message, topic: str, decoder: Decoder | None) -> Arrival:
     if found is not None and (value is None or len(value) <= MAX_EVENT_BYTES):
         return Arrival(m.offset(), None, m.timestamp()[1] * 1000, None, m.key(), value, "", "", topic, *found)  # type: ignore[arg-type]
     return arrival_of(
-        topic, m.partition() or 0, m.offset() or 0, m.timestamp()[1], m.key(), value, headers, decoder  # type: ignore[arg-type]
+        topic, m.partition() or 0, m.offset() or 0, m.timestamp()[1], m.key(), value, headers, decoder
     )  # fmt: skip
 
 
