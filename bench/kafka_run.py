@@ -191,13 +191,13 @@ class Bench:
         return f"{self.url}?prefix={prefix}", ours, raw
 
     def _admin(self, work: Any) -> None:
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})  # it must outlive its answers
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})  # it must outlive its answers
         for future in work(admin).values():
             future.result()
 
     def _remove_topics(self) -> None:
         """Nothing is left behind on a broker that is somebody's."""
-        admin = AdminClient({"bootstrap.servers": self.bootstrap})
+        admin = AdminClient({"bootstrap.servers": self.bootstrap, "log_level": 0})
         ours = [name for name in admin.list_topics(timeout=10).topics if name.startswith(self.prefix)]
         if ours:
             self._admin(lambda admin: admin.delete_topics(ours))

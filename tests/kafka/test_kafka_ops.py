@@ -354,7 +354,7 @@ def test_statements_beside_the_log(shell: Shell, kafka: Any) -> None:
     assert shell.quick("audit", "--export", "--json").json["exported"] == 2
     name = full(shell, "unlost.ledger")
     nonsense = json.dumps({"schema": "unlost.statement/9"}).encode()
-    send(kafka, name, [(b"billing/order/7", b"\xff not json", []), (b"later", nonsense, []), (None, b"{}", [])])
+    send(kafka, name, [(b"billing/order/7", b"\xff not json", []), (b"later", nonsense, []), (b"x", b"{}", [])])
     with looking(shell) as here:
         file, log = here.pair()
         found = ledger.read(log)

@@ -402,13 +402,18 @@ def test_the_canary_stays_silent(guarded: Kafka, fresh_prefix: str, tmp_path: Pa
     )
     secret.write_text(right)
     said = cli("publish", "order.OrderPlaced", "order_id=1", "--app", "shop")
-    running = subprocess.Popen(
-        [sys.executable, "-m", "unlost", "run", "shop"],
-        cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    time.sleep(3)
+    printed = tmp_path / "printed"
+    with printed.open("w") as out_file:
+        running = subprocess.Popen(
+            [sys.executable, "-m", "unlost", "run", "shop"],
+            cwd=tmp_path, env=env, stdout=out_file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    end = time.monotonic() + 30
+    while "as it happens" not in printed.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
     running.terminate()
-    out, _ = running.communicate(timeout=30)
+    running.wait(30)
+    out = printed.read_text()
     assert "RuntimeError: as it happens" in out and "alice:***@" in out
     assert "alice-secret" not in said + out
 

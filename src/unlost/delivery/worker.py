@@ -183,7 +183,7 @@ class Worker:
 
     def _decode(self, d: Delivery) -> Any:
         if d.cls is None:
-            raise Undecodable("UL5010", d.arrival.problem or "these bytes are no event")
+            raise _no_event(d.arrival.problem)
         arrival = d.arrival
         if arrival.simple:
             event = try_decode(arrival.data, d.cls)
@@ -191,7 +191,7 @@ class Worker:
                 return event
         envelope = arrival.envelope
         if envelope is None:
-            raise Undecodable("UL5010", arrival.problem or "these bytes are no event")
+            raise _no_event(arrival.problem)
         return self.service.catalog.decode(envelope, d.cls)
 
     def _turned_away(self, d: Delivery, event: Any) -> Fate | None:
@@ -491,7 +491,7 @@ class Worker:
                 rule = arrival.rule or "no handler"
                 self._settler.put(owned, Outcome(arrival=arrival, state="skipped", rule=rule, event_hash=digest))
                 continue
-            if arrival.key is None and cls is not None and cls.__unlost__.key is not None:
+            if not arrival.key and cls is not None and cls.__unlost__.key is not None:
                 arrival = self._with_key(owned.unit, arrival, cls)
             lane = owned.lanes.get(arrival.key) if arrival.key is not None else None
             if lane is None:
@@ -528,7 +528,7 @@ class Worker:
         if (unit.topic, envelope.type) not in self._keyless:
             self._keyless.add((unit.topic, envelope.type))
             log.warning(
-                "UL1134: %s:%d, a %s, came without its key, so its producer may have put events of one key into several "
+                "UL1134: %s:%d (%s) came without its key, so its producer may have put events of one key into several "
                 "partitions: their order is not promised. Have the producer send %r as the message's key",
                 unit, arrival.position, envelope.type, cls.__unlost__.key,
             )  # fmt: skip
@@ -1032,6 +1032,14 @@ class Worker:
         self._running.clear()
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _no_event(problem: str) -> Undecodable:
+    """A problem may have a code of its own."""
+    code, colon, text = problem.partition(": ")
+    if colon and code.startswith("UL") and code[2:].isdigit():
+        return Undecodable(code, text)
+    return Undecodable("UL5010", problem or "these bytes are no event")
 
 
 def _caught(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:

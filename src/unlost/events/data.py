@@ -83,7 +83,12 @@ def decode_data(envelope: Envelope, cls: type[E]) -> E:
     """
     data = envelope.data
     if data is None:
-        raise Undecodable("UL5004", f"{envelope.type} has no data", found=f"event {envelope.id}")
+        raise Undecodable(
+            "UL5004",
+            f"{envelope.type} has no data",
+            found=f"event {envelope.id}",
+            fix="a message without a value (a tombstone) is no event of this type; correct the publisher",
+        )
     if len(data) > MAX_EVENT_BYTES:
         raise Undecodable("UL5005", f"the data are larger than {MAX_EVENT_BYTES} bytes", found=f"{len(data)} bytes")
     kind = envelope.datacontenttype

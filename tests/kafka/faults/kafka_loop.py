@@ -135,8 +135,9 @@ class Loop:
     def __init__(
         self, stage: Stage, seed: int, weights: dict[str, float], *, seconds: float, kills: int = 1_000_000,
         pace: float = 0.5, rate: float = 30.0, only: Sequence[str] = (), processes: int = 3, armed: float = 0.5,
-        kafka: Kafka | None = None, drain: float = 60.0,
+        kafka: Kafka | None = None, drain: float = 40.0,
     ) -> None:  # fmt: skip
+        """`drain`: for how many seconds nothing may move in the end, while something is left to do."""
         self.stage = stage
         self.rng = random.Random(seed)
         self.report = Report(seed)
@@ -360,9 +361,12 @@ class Loop:
         for name, kind in self.kinds.items():
             if kind in ("services", "operator") and name not in self.children:
                 self._start(name, armed=False)
-        end = time.monotonic() + self.drain
-        while not self.stage.drained() and time.monotonic() < end:
+        moved, before = time.monotonic(), 0
+        while not self.stage.drained() and time.monotonic() < moved + self.drain:
             self._tend(0.2, restart=True)
+            now = sum(self.stage.positions().values())
+            if now != before:
+                moved, before = time.monotonic(), now
         for name in list(self.children):
             self._leave(name)
         notes = list(read(self.stage.evidence))

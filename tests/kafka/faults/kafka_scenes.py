@@ -55,7 +55,7 @@ class Life:
     name: str
     partitions: int = 1
     services: tuple[str, ...] = ("bill",)
-    gate: str = ""  # the handler of this event waits for the file `<name> may go`
+    gate: str = ""  # handlers of events that end so wait for the file `<name> may go`
     failing: str = ""  # handlers of this account fail
     client: str = ""  # a fake of the narrowest kind, see `_fake_client`
     dies: str = ""  # where it ends itself
@@ -99,8 +99,10 @@ def live(life: Life) -> None:
     ship = Service("ship", guarantee="effectively-once", retry=quick)
 
     async def before(event: Any) -> None:
-        if event.uid == life.gate:
+        if life.gate and event.uid.endswith(life.gate):
             life.file("is in").touch()
+            with life.file("has in hand").open("a") as f:
+                f.write(f"{event.uid}\n")
             while not life.file("may go").exists():
                 await asyncio.sleep(0.01)
         if life.failing and event.account == life.failing:
@@ -115,7 +117,7 @@ def live(life: Life) -> None:
             async with ctx.transaction() as db:
                 await db.execute(INSERT, ("bill", event.uid, event.account, event.value))
         finally:
-            if event.uid == life.gate:
+            if life.gate and event.uid.endswith(life.gate):
                 life.file("is out").touch()
 
     @note.on(Ordered)
@@ -324,8 +326,8 @@ class Scene(Stage):
     def wait_file(self, path: Path) -> None:
         self.until(path.exists, 30, path.name)
 
-    def judge(self, *contracts: Contract) -> set[str]:
-        for line in (lines := self.verdict(contracts)):
+    def judge(self, *contracts: Contract, expired: dict[str, set[int]] | None = None) -> set[str]:
+        for line in (lines := self.verdict(contracts, expired=expired)):
             self.found.add(line.partition(":")[0])
         (self.folder / "verdict.txt").write_text("\n".join(lines))
         return self.found
@@ -364,6 +366,11 @@ class Scene(Stage):
             yield file
         finally:
             file.close()
+
+    def epochs(self) -> int:
+        """How often a partition was taken."""
+        with self.file() as file:
+            return int(file.read(lambda c: c.execute("select count(*) from unlost_epoch").fetchone()[0]))
 
     # --- what must hold at every moment --------------------------------------------------------------------------
 
@@ -428,22 +435,41 @@ def polled_is_not_processed(scene: Scene) -> set[str]:
 
 
 def stale_entry(scene: Scene) -> set[str]:
-    """Parallel Consumer #875/#909: 1 member, 2, 1 again, while an event of the first ownership is still in its
-    handler. What comes back under a new epoch must be delivered, though the old delivery is still there."""
-    uids = [u for a in "abcdefgh" for u in names(a, 0, 4)]
+    """Parallel Consumer #875/#909: 1 member, 2, 1 again, while events of the first ownership are still in their
+    handlers. What comes back under a new epoch must be delivered, though the old deliveries are still there."""
+    accounts = "abcd"
+    uids = [u for a in accounts for u in names(a, 0, 4)]
     scene.publish(uids, partitions=4)
-    one, life = scene.life("one", partitions=4, gate="a:1", drain=0.3)
-    scene.wait_file(life.file("is in"))
-    two, _ = scene.life("two", partitions=4, drain=0.3)
-    scene.soon(lambda: "was taken by another" in scene.said() or len(scene.completed("bill")) >= len(uids) - 3)
-    time.sleep(1.0)  # the rebalance itself has nothing to show where the gate's partition stays where it is
-    scene.finish(two)
-    scene.soon(lambda: len(scene.completed("bill")) >= len(uids) - 3)
+    one, life = scene.life("one", partitions=4, gate=":1", drain=0.3)
+    held = life.file("has in hand")
+    scene.soon(lambda: held.exists() and len(set(held.read_text().split())) == len(accounts))
+    owners = scene.epochs()
+    two, _ = scene.life("two", partitions=4, gate=":1", drain=0.3)
+    scene.soon(lambda: scene.epochs() > owners)  # some are the second one's now; the first one's handlers go on
+    owners = scene.epochs()
+    scene.soon((scene.folder / "two has in hand").exists)
+    two.kill()
+    scene.soon(lambda: scene.epochs() > owners)  # and come back
+    scene.soon(lambda: len(held.read_text().split()) > len(accounts))  # beside the stale ones
     life.file("may go").touch()
     scene.all_done("bill", uids)
     scene.settled()
     scene.finish(one)
     return scene.judge(ONCE)
+
+
+def clean_stop(scene: Scene) -> set[str]:
+    """A service is told to stop while it has events in its queues."""
+    uids = [u for a in "abcd" for u in names(a, 0, 10)]
+    scene.publish(uids, partitions=2)
+    one, _ = scene.life("one", partitions=2, services=("note",), slow=0.05)
+    scene.soon(lambda: len(scene.completed("note")) > 3)
+    scene.finish(one)
+    two, _ = scene.life("two", partitions=2, services=("note",))
+    scene.all_done("note", uids)
+    scene.settled()
+    scene.finish(two)
+    return scene.judge(AGAIN)
 
 
 def one_snapshot(scene: Scene) -> set[str]:
@@ -581,7 +607,7 @@ def retention_eats(scene: Scene) -> set[str]:
         expects = {uids[n]: "nothing" for n in eaten[service]}
         return Contract(service=service, once=service == "bill", expects=lambda uid: expects.get(uid, "done"))  # type: ignore[arg-type, return-value]
 
-    return scene.judge(gone("bill"), gone("note"))
+    return scene.judge(gone("bill"), gone("note"), expired=eaten)
 
 
 def _delete_records(scene: Scene, before: int) -> None:
@@ -859,6 +885,7 @@ SCENES: dict[str, Callable[[Scene], set[str]]] = {
     for scene in (
         polled_is_not_processed,
         stale_entry,
+        clean_stop,
         one_snapshot,
         lost_partitions,
         partial_batch,

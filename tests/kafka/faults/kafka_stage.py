@@ -195,13 +195,16 @@ class Stage:
             if offset > settled.get(unit, -1)
         ]
 
-    def verdict(self, contracts: Sequence[Contract]) -> list[str]:
-        """Everything that is wrong: the checker's anomalies, and books that do not balance."""
+    def verdict(self, contracts: Sequence[Contract], *, expired: dict[str, set[int]] | None = None) -> list[str]:
+        """Everything that is wrong: the checker's anomalies, and books that do not balance.
+
+        `expired`: per service the positions (of one partition) that the product must name as expired, and no others.
+        """
         found = [str(a) for a in check(read(self.evidence), self.effects(), contracts, atomic_batches=False)]
         found += [f"audit: {line}" for line in balance(self.store, self.inside, self.prefix)]
-        return found + [f"product audit: {line}" for line in self.audit()]
+        return found + [f"product audit: {line}" for line in self.audit(expired or {})]
 
-    def audit(self) -> list[str]:
+    def audit(self, expired: dict[str, set[int]]) -> list[str]:
         """What `unlost audit` finds, with every event of the log read again."""
         url = f"kafka://{self.inside}?prefix={self.prefix}"
         with opened(url, store=f"embedded://{self.store}") as looking:
@@ -213,7 +216,15 @@ class Stage:
                 *map(str, books.missing),
                 *books_module.verify(file, log=log),
             ]
-            return found if found or books.balanced else [f"{books.unaccounted} events are unaccounted for"]
+            found += [str(r) for r in books.ranges if r.kind != "expired"]
+            named: dict[str, set[int]] = {}
+            for r in books.ranges:
+                named.setdefault(r.service, set()).update(range(r.start, r.end))
+            if named != {service: positions for service, positions in expired.items() if positions}:
+                found.append(f"named as expired are {named}, and {expired} are")
+            if books.unaccounted:
+                found.append(f"{books.unaccounted} events are unaccounted for")
+            return found
 
 
 @contextlib.contextmanager

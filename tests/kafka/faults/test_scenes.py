@@ -65,7 +65,7 @@ SHARED: dict[str, tuple[str, set[str]]] = {
     "commit-highest-seen": ("partial-batch", {"lost", "audit"}),
     "skip-undecodable": ("poison", {"dead without trace"}),
     "publishes-after-ack": ("killed-after-commit", {"lost"}),
-    "stop-drops-queue": ("stale-entry", {"lost"}),
+    "stop-drops-queue": ("clean-stop", {"lost"}),
 }
 
 

@@ -678,7 +678,8 @@ class KafkaMember:
         if self._trouble_since is not None and now - self._trouble_since > 0 and now - self._said > SILENT_SECONDS:
             self._said = now
             self._trouble_since = None
-            log.error("%s: the Kafka cluster cannot be reached: %s", self._service, self._trouble)
+            where = self._settings.bootstrap
+            log.error("%s: the Kafka cluster at %s cannot be reached: %s", self._service, where, self._trouble)
 
     def _check_topics(self) -> None:
         """A topic that was made again, or given more partitions, is not the one that our positions belong to.

@@ -40,6 +40,7 @@ def sorted_error(e: KafkaException | KafkaError | Any, doing: str) -> UnlostErro
     if name in (
         "INVALID_REPLICATION_FACTOR",
         "INVALID_PARTITIONS",
+        "TOPIC_EXCEPTION",
         "INVALID_CONFIG",
         "POLICY_VIOLATION",
         "INVALID_REQUEST",

@@ -158,7 +158,12 @@ def parse(url: str) -> Settings:
     _check_tokens(options)
     protocol = options.get("group.protocol", "classic").lower()
     if protocol not in ("classic", "consumer"):
-        raise UsageError("UL1144", "group.protocol is classic or consumer", found=protocol)
+        raise UsageError(
+            "UL1144",
+            "group.protocol is classic or consumer",
+            found=protocol,
+            fix="leave it out: classic works everywhere",
+        )
     if protocol == "consumer":
         for name in ("session.timeout.ms", "heartbeat.interval.ms"):
             if name in options:

@@ -218,6 +218,12 @@ class Cluster:
         for topic in topics:
             replication = topic.replication or min(3, self.brokers)
             insync = topic.min_insync or (2 if replication >= 3 else 1)
+            if insync > replication:
+                raise UsageError(
+                    "UL1104", f"the topic {topic.name!r} is declared with min_insync={insync}",
+                    found=f"it gets {replication} copies, so nothing could ever be published",
+                    fix="declare as many replicas, or more",
+                )  # fmt: skip
             kept = -1 if topic.retention is None else int(duration(topic.retention) * 1000)
             wanted.append(
                 NewTopic(
@@ -307,7 +313,7 @@ class Cluster:
             else:
                 fix = "this server wants no login: leave user and password out of the URL"
             return UsageError("UL1146", f"the Kafka cluster at {where} refused the login", found=cause, fix=fix)
-        if "plaintext broker listener" in low:
+        if "plaintext broker listener" in low or ("ssl_handshake" in low and "disconnected" in low):
             fix = "this server speaks no TLS: security.protocol is PLAINTEXT there, or SASL_PLAINTEXT with a login"
         elif "certificate" in low:
             fix = "ssl.ca.location in the URL names the file with the certificate of the authority that signed the server's"

@@ -7,6 +7,7 @@ declared decoder, or not at all; the last keep their bytes and go to the shelf.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from confluent_kafka import Message
@@ -18,6 +19,13 @@ from unlost.events.topic import Arrival, Decoder, Foreign
 from unlost.world import rfc3339
 
 Headers = Sequence[tuple[str, bytes | None]]
+
+_TOMBSTONE = str(
+    Undecodable(
+        "UL5007", "a message without a value (a tombstone) is no event",
+        fix="if they are meant to be there: Topic(..., decoder=...) with a function that returns None for them",
+    )
+)  # fmt: skip
 
 
 class _Raw(msgspec.Struct, frozen=True):
@@ -75,7 +83,8 @@ def arrival_of(
     try:
         envelope = from_headers(headers, value, topic=topic, key=key, time=rfc3339(recorded))
     except Undecodable as e:
-        return Arrival(position, None, recorded, _keep(headers), key, value, str(e))
+        why = str(e) if value is not None or _cloudevent(headers) else _TOMBSTONE
+        return Arrival(position, None, recorded, _keep(headers), key, value, why)
     # Structured, or headers that would not come back byte for byte: they are kept as they are.
     as_is = envelope.data is value and envelope.recordedtime is None and _same(to_headers(envelope)[0], headers)
     return Arrival(position, envelope, recorded, None if as_is else _keep(headers), envelope.key, value)
