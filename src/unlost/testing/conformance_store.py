@@ -17,7 +17,7 @@ import msgspec
 from unlost.brokers.connect import connect
 from unlost.errors import Bug, Fenced, UnlostError, UsageError
 from unlost.events import MAX_HEAD_BYTES, Envelope, content_hash, decode_head, event_hash
-from unlost.events.topic import Topic, TopicInfo, Unit
+from unlost.events.topic import Gap, Topic, TopicInfo, Unit
 from unlost.sqlite.schema import POSITION_BITS
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Attempt, Block, Death, Inbox, Outcome, Request, Settlement, State, Store, Taken
@@ -382,6 +382,69 @@ async def a_dead_letter_is_complete(c: StoreCase) -> None:
     }  # fmt: skip
     same({name: row[name] for name in wanted}, wanted, "the dead letter")
     same(msgspec.json.decode(row["attempts"], type=list[Attempt]), attempts, "its attempts")
+
+
+@promise(STORE_SCENARIOS)
+async def many_handled_at_once(c: StoreCase) -> None:
+    """Events that were handled and have no other consequence may be settled as a list of positions: in any order,
+    beside outcomes of other kinds, once each, and only by the owner."""
+    rig = await c.open()
+    owner = await c.owner(rig)
+    hashes = {position: owner.outcome(position, "done").event_hash for position in range(20)}
+
+    async def settle(positions: Sequence[int], *outcomes: Outcome) -> Sequence[Unit]:
+        digest = 0
+        for position in positions:
+            digest ^= hashes[position]
+        return await rig.store.settle(
+            [Settlement(owner.unit, owner.taken.epoch, outcomes, done=list(positions), done_digest=digest)]
+        )
+
+    same(list(await settle([7, 3, 4, 9, 0], owner.outcome(1, "dead"))), [], "units that were fenced")
+    same(await owner.counts(), {"done": 5}, "counts")
+    (row,) = await owner.rows("progress")
+    same((row["position"], list(Runs.decode(row["fated"]))), (2, [(0, 2), (3, 5), (7, 8), (9, 10)]), "progress")
+    before = await rig.tables()
+    for positions in ([5, 3], [1], [9], [6, 6]):
+        await refused(settle(positions), Bug, f"positions {positions}, of which one has an outcome")
+        await unchanged(rig, before, f"refusing {positions}")
+    same(list(await settle([2, 5, 6, 8])), [], "units that were fenced")
+    (row,) = await owner.rows("progress")
+    wanted = owner.outcome(1, "dead").event_hash
+    for position in range(10):
+        wanted ^= hashes[position] if position != 1 else 0
+    same((row["position"], row["digest"]), (10, wanted), "position and digest")
+    before = await rig.tables()
+    await (await c.open()).store.take([owner.unit])
+    before = await rig.tables()
+    same(list(await settle([11])), [owner.unit], "fenced units")
+    await unchanged(rig, before, "settling under an older epoch")
+
+
+@promise(STORE_SCENARIOS)
+async def gaps_are_written_down(c: StoreCase) -> None:
+    """Positions that hold no event get their outcome too: counted where none was ever there, listed with range and
+    reason where one was lost; what has an outcome already keeps it."""
+    rig = await c.open()
+    owner = await c.owner(rig)
+    await owner.settle(owner.outcome(3, "done"), owner.outcome(5, "dead"))
+
+    async def pass_over(*gaps: Gap) -> None:
+        same(list(await rig.store.settle([Settlement(owner.unit, owner.taken.epoch, [], gaps)])), [], "fenced units")
+
+    await pass_over(Gap(0, 7, "expired", "retention"), Gap(8, 10, "void", "markers"))
+    (row,) = await owner.rows("progress")
+    same((row["position"], list(Runs.decode(row["fated"]))), (7, [(0, 7), (8, 10)]), "progress")
+    same(await owner.counts(), {"done": 1, "void": 2}, "counts")
+    lines = [(r["start"], r["end"], r["kind"], r["why"]) for r in await owner.rows("gap")]
+    same(lines, [(0, 3, "expired", "retention"), (4, 5, "expired", "retention"), (6, 7, "expired", "retention")], "gaps")
+    same(await owner.ledger(), {5: "dead"}, "the ledger")
+    before = await owner.rows("gap")
+    await pass_over(Gap(0, 7, "unaccountable", "again"))
+    same(await owner.rows("gap"), before, "gaps that were known")
+    (snapshot,) = await rig.store.progress([owner.unit])
+    same((snapshot.position, list(snapshot.fated)), (7, [(0, 7), (8, 10)]), "the snapshot for the broker's note")
+    same((snapshot.topic_id, snapshot.partitions, snapshot.counts), (owner.info.id, 1, {"done": 1, "void": 2}), "the rest of it")
 
 
 @promise(STORE_SCENARIOS)

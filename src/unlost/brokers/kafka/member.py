@@ -28,7 +28,7 @@ from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.kafka.topics import Cluster, Described
 from unlost.brokers.kafka.wire import received
 from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Gone, Lost, Revoked, Saved
-from unlost.errors import Damaged, UnlostError, UsageError
+from unlost.errors import Damaged, OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.events.topic import Arrival, Decoder, Gap, Unit
 from unlost.world import REAL
 
@@ -129,9 +129,8 @@ class KafkaMember:
         self._trouble = ""
         self._trouble_since: float | None = None
         self._said = 0.0
-        self._consumer = Consumer(
-            settings.consumer(settings.prefix + service, error_cb=self._on_error, on_commit=self._on_commit)
-        )
+        self._fatal: KafkaError | None = None
+        self._consumer = self._make()
         self._thread = threading.Thread(target=self._run, name=f"unlost-kafka-{service}", daemon=True)
         self._thread.start()
 
@@ -444,36 +443,65 @@ class KafkaMember:
     # --- the poll thread's side --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        consumer = self._consumer
+        """The poll thread. A client that fails is replaced; what stops the service is told, and ends it."""
         try:
-            consumer.subscribe(
-                sorted(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
-            )
             while not self._closing.is_set():
-                self._obey()
-                self._late_seeks()
-                if self._is_full():
-                    continue
-                first = consumer.poll(POLL_SECONDS)
-                if first is not None:
-                    messages = deque(consumer.consume(BATCH - 1, 0))
-                    messages.appendleft(first)
-                    self._post_messages(messages)
-                self._announce()
-                self._watch()
-        except UnlostError as e:
-            self._post(e)
-        except KafkaException as e:
-            self._post(sorted_error(e, f"reading for {self._service}"))
-        except BaseException as e:  # a bug of ours: the service stops, and all is delivered again
+                try:
+                    self._take_part()
+                except KafkaException as e:
+                    error = sorted_error(e, f"reading for {self._service}")
+                    if not isinstance(error, Unavailable | OutcomeUnknown):
+                        raise error from None
+                    log.error("%s: the Kafka client failed and is replaced: %s", self._service, error)
+                    self._start_anew()
+        except BaseException as e:  # also a bug of ours: the service stops, and all is delivered again
             self._post(e)
         finally:
             self._closing.set()
-            self._obey()
+            with contextlib.suppress(KafkaException, UnlostError):
+                self._obey()
             with contextlib.suppress(KafkaException, RuntimeError):
-                consumer.close()
+                self._consumer.close()
             with contextlib.suppress(RuntimeError):  # that loop has ended
                 self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _take_part(self) -> None:
+        """Polls for as long as we are a member."""
+        consumer = self._consumer
+        consumer.subscribe(
+            sorted(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+        while not self._closing.is_set():
+            if self._fatal is not None:
+                raise KafkaException(self._fatal)
+            self._obey()
+            self._late_seeks()
+            if self._is_full():
+                continue
+            first = consumer.poll(POLL_SECONDS)
+            if first is not None:
+                messages = deque(consumer.consume(BATCH - 1, 0))
+                messages.appendleft(first)
+                self._post_messages(messages)
+            self._announce()
+            self._watch()
+
+    def _start_anew(self) -> None:
+        """A new client in place of one that failed. What we had is lost to us: others may have it already."""
+        self._fatal = None
+        lost = set(self._assigned)
+        self._news = []
+        self._drop(lost)
+        if lost:
+            self._post(Lost([self._unit(p) for p in sorted(lost)]))
+        with contextlib.suppress(KafkaException, RuntimeError):
+            self._consumer.close()
+        self._closing.wait(AGAIN_SECONDS)
+        self._consumer = self._make()
+
+    def _make(self) -> Consumer:
+        group = self._settings.prefix + self._service
+        return Consumer(self._settings.consumer(group, error_cb=self._on_error, on_commit=self._on_commit))
 
     def _post(self, item: _Batch | _Range | Change | BaseException) -> None:
         self._inbox.append(item)
@@ -722,6 +750,6 @@ class KafkaMember:
             if error.code() == KafkaError._ALL_BROKERS_DOWN:
                 self._trouble_since = REAL.monotonic()
         elif error.fatal():
-            self._post(sorted_error(error, f"reading for {self._service}"))
+            self._fatal = error
         else:
             log.info("%s: %s", self._service, error.str())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from unlost.brokers.kafka.refusals import missing_rights, sorted_error
 from unlost.brokers.kafka.settings import Settings
 from unlost.brokers.port import Receipt
 from unlost.errors import OutcomeUnknown, PartlyPublished, Unavailable, UnlostError, UsageError
+from unlost.sqlite.guards import after_fork
 from unlost.world import REAL
 
 log = logging.getLogger("unlost.kafka")
@@ -107,6 +109,7 @@ class Publisher:
         self._bytes = 0
         self._count = 0
         self._closed = False
+        self._pid = os.getpid()
         self._fatal: KafkaError | None = None
         self._refused = False  # the producer was not let in; there is none until somebody publishes
         self._trouble = ""
@@ -124,6 +127,8 @@ class Publisher:
             Unavailable: too many wait for the cluster already; nothing of this call was handed over.
         """
         with self._lock:
+            if os.getpid() != self._pid:
+                raise after_fork()  # the thread that would hear of it is the parent's
             if self._closed:
                 raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
             size = sum(e.size for e in events)
@@ -209,6 +214,7 @@ class Publisher:
             answers: list[tuple[Sent, UnlostError | None, Receipt | None]] = []
             for event, error, offset, millis in reports:
                 if error is not None and _producer_failed(error) and not self._closed:
+                    self._fatal = self._fatal or error
                     continue  # it stays pending, and goes out again with the next producer
                 if self._pending.pop(event.number, None) is None:
                     continue  # answered before: it was sent twice
@@ -238,6 +244,7 @@ class Publisher:
             old = self._producer
             self._poll(0)  # what is confirmed already is not sent again
             self._fatal = None
+            self.reports = [r for r in self.reports if r[1] is None or not _producer_failed(r[1])]
             confirmed = {event.number for event, failed, _, _ in self.reports if failed is None}
             left = [event for number, event in self._pending.items() if number not in confirmed]
             if missing_rights(error):
