@@ -111,6 +111,37 @@ def test_follow_leaves_nothing_out(file: File) -> None:
             assert own == sorted(own)
 
 
+def test_the_log_answers_where_and_when(file: File) -> None:
+    log = EmbeddedLog(file)
+    assert (log.names(), log.topics(), dict(log.ends([("none", 0)])), log.at("none", 0, 0)) == ([], [], {}, 0)
+    put(file, *(envelope(n, "a") for n in range(5)))
+    between = REAL.now()
+    put(file, *(envelope(n, "a") for n in range(5, 9)))
+    (info,) = log.topics(["ops-thing", "none"])
+    place = ("ops-thing", next(p for p, (_, end) in enumerate(info.ranges) if end))
+    assert log.names() == ["ops-thing"] and log.ends([place, ("ops-thing", 99)]) == {place: 9}
+    assert [log.at(*place, t) for t in (0, between, REAL.now() + 1)] == [0, 5, 9]
+    assert [a.position for a in log.read(*place, 3, 2)] == [3, 4] and log.read("none", 0, 0, 9) == []
+    first, last = log.spans([info])["ops-thing"]
+    assert log.recorded({place: 0}) == {place: first} and log.recorded({place: 8}) == {place: last}
+    assert log.recorded({place: 9, ("none", 0): 0}) == {} and first <= between <= last
+    assert list(log.holes(*place)) == [] and log.ledger() is None and log.verify(10) == []
+    file.write_sync(lambda tx: tx.execute("delete from unlost_log where at % 1024 in (2, 3)").fetchall())
+    assert list(log.holes(*place)) == [(2, 4)]
+
+
+def test_a_look_inside_a_look_sees_the_same_moment(file: File) -> None:
+    log = EmbeddedLog(file)
+
+    def work() -> tuple[list[str], list[str]]:
+        before = list(log.names())
+        put(file, envelope(1))
+        return before, list(log.names())
+
+    assert log.together(work) == ([], [])
+    assert log.names() == ["ops-thing"]
+
+
 def test_topics_and_status(file: File) -> None:
     assert status(file).services == [] and topics(file) == []
     file.write_sync(lambda tx: tx.create_topic("empty", 2, 60))

@@ -1178,7 +1178,10 @@ class _DeliveryUnit:
     async def before_block(self) -> None:
         """The key's earlier outcomes first: a block that overtook them would break the order of what they publish,
         and could find its own event's last attempt still on its way."""
-        await self._worker._settler.flush(self._d.lane.owned.put)
+        owned = self._d.lane.owned
+        await self._worker._settler.flush(owned.put)
+        if owned.gone:  # then those were dropped; the store may not know yet, for nobody has taken the unit
+            raise Fenced("UL2101", f"{owned.unit} is not ours any more", found=f"our epoch was {owned.epoch}")
 
     def open_block(
         self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]

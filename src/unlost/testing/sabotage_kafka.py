@@ -148,6 +148,14 @@ def _topics_unchecked() -> None:
     _replace(store_module, "_another_topic", lambda _: lambda *args: None)
 
 
+@_bug("lost-unit-commits", "handlers of a partition that was lost commit on, as long as nobody has taken it")
+def _lost_unit_commits() -> None:
+    async def before_block(self: Any) -> None:
+        await self._worker._settler.flush(self._d.lane.owned.put)
+
+    _replace(worker_module._DeliveryUnit, "before_block", lambda _: before_block)
+
+
 # --- what is read ------------------------------------------------------------------------------------------------------
 
 

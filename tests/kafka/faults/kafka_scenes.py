@@ -61,6 +61,7 @@ class Life:
     dies: str = ""  # where it ends itself
     drain: float = 10.0  # how long a partition may take to be handed back
     slow: float = 0.0  # seconds of each handler
+    holds: bool = False  # its store is slow until the files `<name> may settle` and `<name> may take` are there
 
     def file(self, what: str) -> Path:
         return self.folder / f"{self.name} {what}"
@@ -78,6 +79,8 @@ def _hurry(life: Life) -> None:
     process_module.HEARTBEAT_STALE_SECONDS = 1.0
     if life.client:
         _fake_client(life.client)
+    if life.holds:
+        _hold_first_commit(life)
     if life.dies == "while relaying":
         _die_while_relaying()
     elif life.dies == "after settling":
@@ -127,8 +130,17 @@ def live(life: Life) -> None:
 
     @relay.on(Ordered)
     async def pass_on(event: Ordered, ctx: Context) -> None:
+        """Every other event in a transaction: their order must be kept all the same."""
         await before(event)
-        ctx.publish(Echoed(account=event.account, uid=event.uid, value=event.value))
+        if int(event.uid.partition(":")[2]) % 2:
+            try:
+                async with ctx.transaction():
+                    ctx.publish(Echoed(account=event.account, uid=event.uid, value=event.value))
+            finally:
+                if event.uid.endswith(life.gate or "-"):
+                    life.file("is out").touch()
+        else:
+            ctx.publish(Echoed(account=event.account, uid=event.uid, value=event.value))
 
     @ship.on(Echoed)
     async def send(event: Echoed, ctx: Context) -> None:
@@ -217,6 +229,36 @@ def _fake_client(kind: str) -> None:
 
     assert kind == "skips"
     member_module.Consumer = Skips  # type: ignore[misc]
+
+
+def _hold_first_commit(life: Life) -> None:
+    """A fake: a store that is slow at two moments, the first commit and the second taking of partitions."""
+    settle = SqliteStore.settle
+    first = True
+
+    async def held(self: SqliteStore, settlements: Any) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            life.file("settles").touch()
+            while not life.file("may settle").exists():
+                await asyncio.sleep(0.01)
+        return await settle(self, settlements)
+
+    take = SqliteStore.take
+    times = 0
+
+    async def taking(self: SqliteStore, units: Any) -> Any:
+        nonlocal times
+        times += 1
+        if times == 2:
+            life.file("takes").touch()
+            while not life.file("may take").exists():
+                await asyncio.sleep(0.01)
+        return await take(self, units)
+
+    SqliteStore.settle = held  # type: ignore[method-assign]
+    SqliteStore.take = taking  # type: ignore[method-assign]
 
 
 def _die_while_relaying() -> None:
@@ -510,6 +552,32 @@ def lost_partitions(scene: Scene) -> set[str]:
     scene.finish(one)
     scene.finish(two)
     return scene.judge(ONCE)
+
+
+def lost_while_settling(scene: Scene) -> set[str]:
+    """A member loses its partitions while outcomes wait for a slow store (a fake), and finds itself the first to take
+    them again. What its old handlers still commit must not overtake what was dropped."""
+    uids = names("a", 0, 4)
+    scene.publish(["b:0"])
+    one, life = scene.life("one", services=("relay",), holds=True, gate="a:1")
+    scene.wait_file(life.file("settles"))
+    scene.publish(uids)
+    scene.wait_file(life.file("is in"))  # the event before it waits for its commit
+    scene.quiet()
+    with stopped(one):
+        time.sleep(2.5)  # longer than its session
+    scene.wait_file(life.file("takes"))  # it has lost them, and is about to have them again
+    life.file("may go").touch()
+    time.sleep(0.3)  # until its handler stands before its transaction
+    life.file("may settle").touch()
+    scene.wait_file(life.file("is out"))
+    life.file("may take").touch()
+    two, _ = scene.life("two", services=("relay", "ship"))
+    scene.all_done("ship", ["b:0", *uids])
+    scene.settled()
+    scene.finish(one)
+    scene.finish(two)
+    return scene.judge(Contract(service="ship", once=True))
 
 
 def partial_batch(scene: Scene) -> set[str]:
@@ -888,6 +956,7 @@ SCENES: dict[str, Callable[[Scene], set[str]]] = {
         clean_stop,
         one_snapshot,
         lost_partitions,
+        lost_while_settling,
         partial_batch,
         offsets_are_moved,
         retention_eats,

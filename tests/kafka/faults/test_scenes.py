@@ -48,6 +48,7 @@ CAUGHT: dict[str, tuple[str, set[str]]] = {
     "other-store-welcome": ("another-store", {"not refused"}),
     "older-store-welcome": ("older-store", {"not refused"}),
     "topics-unchecked": ("topic-is-another", {"not refused"}),
+    "lost-unit-commits": ("lost-while-settling", {"inversion"}),
     "reset-to-latest": ("retention-eats", {"lost"}),
     "out-of-range-skipped": ("retention-eats", {"audit"}),
     "expired-not-listed": ("retention-eats", {"audit"}),

@@ -3,3 +3,7 @@
 Read in this order: `settings` (what a URL means), `topics` (what the cluster says of its topics), `wire` (events as
 Kafka messages), `publisher`, `member`, `broker`, and `log` and `doctor` for operators.
 """
+
+from unlost.events.topic import Decoder, Foreign
+
+__all__ = ["Decoder", "Foreign"]
