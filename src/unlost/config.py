@@ -13,7 +13,8 @@ from unlost.errors import UsageError
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _SECONDS_MAX = 300 * 366 * 86400.0  # in microseconds it still fits into every column
-_IN_AUTHORITY = re.compile(r"(:/*)([^/?#@\s:]*):(?:[^?#\s]*|\S*)@")  # a password may have anything in it
+# A password may have anything in it; what looks like a port is one, although an @ may come in the query.
+_IN_AUTHORITY = re.compile(r"(:/*)([^/?#@\s:]*):(?!\d{1,5}(?:[,/?#]|$))(?:[^?#\s]*|\S*)@")
 _IN_QUERY = re.compile(
     r"(?i)([?&;][^=&]*(?:password|passwd|passphrase|secret|token|key|pem|oauthbearer.config|assertion)[^=&]*=)[^&\s]+"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -65,8 +66,6 @@ async def settled(app: App, service: str, topic: str, total: int, seconds: float
                 "select counts from unlost_progress where service = ? and topic = ?", (service, topic)
             ).fetchall()
         )
-        import json
-
         return sum(sum(json.loads(r[0]).values()) for r in rows) + len(dead(app)) >= total
 
     await until(outcomes, seconds)
@@ -78,8 +77,6 @@ def dead(app: App) -> list[DeadLetter]:
 
 def counts(app: App, service: str) -> dict[str, int]:
     """How many events of a service ended how."""
-    import json
-
     found: dict[str, int] = {}
     rows = app.file.read(
         lambda c: c.execute("select counts from unlost_progress where service = ?", (service,)).fetchall()

@@ -346,6 +346,17 @@ def test_no_part_of_a_secret_is_shown(secret_url: str) -> None:
     assert CANARY in secret and secret not in settings.without_secrets(f"the value {secret} is wrong")
 
 
+def test_what_is_no_secret_stays_readable() -> None:
+    for plain in (
+        "kafka://h1:9092,h2:9093?prefix=a.",
+        "kafka://h:9092?security.protocol=SASL_SSL&sasl.username=a@b",
+        "kafka://h1:1,h2:2?sasl.username=a@b",
+        "embedded:///var/shop/events.db",
+    ):
+        assert hide_secrets(plain) == plain
+    assert hide_secrets("kafka://ann:12345@h:1?sasl.username=a@b") == "kafka://ann:***@h:1?sasl.username=a@b"
+
+
 PROGRAM = """
 import logging
 from unlost import App, Event, Service

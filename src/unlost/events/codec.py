@@ -436,15 +436,40 @@ def from_json(raw: bytes, *, topic: str, key: bytes | None = None, time: str | N
 # ---- Kafka's binary mode
 
 
+_VERSION = ("ce_specversion", b"1.0")
+_JSON_HEADER = (CONTENT_TYPE, JSON_TYPE.encode())
+
+
 def to_headers(e: Envelope) -> tuple[list[tuple[str, bytes]], bytes | None]:
     """The event in Kafka's binary mode: `ce_` headers, `content-type`, the user's headers, and the value."""
-    headers = [
-        (f"ce_{name}", (str(value).lower() if isinstance(value, bool) else str(value)).encode())
-        for name, value in _wire_attributes(e).items()
-    ]
-    if e.datacontenttype is not None:
+    if e.extensions or e.dataschema or e.recordedtime or e.publisher or e.number is not None or e.eventversion != 1:
+        headers = [
+            (f"ce_{name}", (str(value).lower() if isinstance(value, bool) else str(value)).encode())
+            for name, value in _wire_attributes(e).items()
+        ]
+    else:  # what most events are
+        headers = [
+            _VERSION, ("ce_id", e.id.encode()), ("ce_source", e.source.encode()), ("ce_type", e.type.encode()),
+            ("ce_time", e.time.encode()),
+        ]  # fmt: skip
+        if e.subject is not None:
+            headers.append(("ce_subject", e.subject.encode()))
+        if e.partitionkey is not None:
+            headers.append(("ce_partitionkey", e.partitionkey.encode()))
+        if e.correlationid is not None:
+            headers.append(("ce_correlationid", e.correlationid.encode()))
+        if e.causationid is not None:
+            headers.append(("ce_causationid", e.causationid.encode()))
+        if e.traceparent is not None:
+            headers.append(("ce_traceparent", e.traceparent.encode()))
+        if e.tracestate is not None:
+            headers.append(("ce_tracestate", e.tracestate.encode()))
+    if e.datacontenttype == JSON_TYPE:
+        headers.append(_JSON_HEADER)
+    elif e.datacontenttype is not None:
         headers.append((CONTENT_TYPE, e.datacontenttype.encode()))
-    headers.extend((name, value.encode()) for name, value in e.headers.items())
+    if e.headers:
+        headers.extend((name, value.encode()) for name, value in e.headers.items())
     return headers, e.data
 
 

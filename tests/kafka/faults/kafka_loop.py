@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,9 @@ class Loop:
     def __init__(
         self, stage: Stage, seed: int, weights: dict[str, float], *, seconds: float, kills: int = 1_000_000,
         pace: float = 0.5, rate: float = 30.0, only: Sequence[str] = (), processes: int = 3, armed: float = 0.5,
-        kafka: Kafka | None = None, drain: float = 40.0,
+        kafka: Kafka | None = None, drain: float = 40.0, least: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
-        """`drain`: for how many seconds nothing may move in the end, while something is left to do."""
+        """`least`: what must have happened how often before it ends. `drain`: for how many seconds nothing may move in the end, while something is left to do."""
         self.stage = stage
         self.rng = random.Random(seed)
         self.report = Report(seed)
@@ -147,6 +147,7 @@ class Loop:
         self.armed = armed
         self.kafka = kafka
         self.drain = drain
+        self.least = dict(least or {})
         self.services = [f"services-{n}" for n in range(processes)]
         self.kinds = dict.fromkeys(self.services, "services") | {
             "publisher-0": "publish", "publisher-1": "publish", "script-0": "sync", "operator-0": "operator",
@@ -265,8 +266,12 @@ class Loop:
         names, weights = list(self.weights), list(self.weights.values())
         self._until_it_flows()
         begun, looked = time.monotonic(), time.monotonic()
-        while self.report.kills < self.kills and time.monotonic() - begun < self.seconds:
-            getattr(self, self.rng.choices(names, weights)[0])()
+        while self.report.kills < self.kills:
+            late = time.monotonic() - begun - self.seconds
+            lacking = [kind for kind, count in self.least.items() if self.report.by_kind[kind] < count]
+            if late > 0 and (not lacking or late > 60):
+                break
+            getattr(self, self.rng.choices(names, weights)[0] if late < 0 else VERBS[lacking[0]])()
             self._tend(self.rng.expovariate(1 / self.pace))
             if time.monotonic() - looked > 3:
                 self._look()
@@ -396,6 +401,7 @@ NEEDS = {  # which services a contract is about, where its name does not say it
 }
 CUTS = ("Produce", "Fetch", "OffsetCommit", "JoinGroup", "SyncGroup", "Heartbeat", "OffsetFetch", "FindCoordinator",
         "Metadata", "InitProducerId", "ListOffsets", "LeaveGroup")  # fmt: skip
+VERBS = {"broker killed": "broker_kill", "zombie": "zombie", "SIGTERM": "leave"}
 KILLS = {"kill": 6, "kill_early": 2, "kill_all": 0.3, "pause": 0.7, "leave": 0.6}
 
 

@@ -31,7 +31,7 @@ def loop(
 ) -> Report:  # fmt: skip
     report = play(
         folder / "history", bootstrap, prefix, weights, kafka=kafka, options=options, seconds=SECONDS,
-        only=() if LONG else SOME, processes=processes, pace=pace, rate=12.0 if LONG else 30.0,
+        only=() if LONG else SOME, processes=processes, pace=pace, rate=12.0 if LONG else 30.0, least=least,
     )  # fmt: skip
     assert report.events > 8 * SECONDS, f"too little was under way: {report}"
     for kind, count in (least or {}).items():

@@ -1,5 +1,9 @@
 """Publishing: an idempotent producer, and what was handed to it until the cluster has confirmed it.
 
+Who asks the client for its reports? Few events on their way: a thread of ours, which hears of each at once. Many: the
+event loop that publishes, once in each of its turns, since each report that a second thread takes costs a change of
+the interpreter's lock.
+
 **Guarantee** an event is reported as accepted only with the cluster's delivery report (all in-sync replicas) in
 hand. Events leave in the order of the calls. When the producer fails for good, a new one takes its place and gets
 all that is unconfirmed, in the same order: at most duplicates.
@@ -12,6 +16,7 @@ import asyncio
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +38,11 @@ CLOSE_SECONDS = 10.0
 RECREATE_SECONDS = 0.5  # between two producers, when each fails at once
 SILENT_SECONDS = 20.0  # after how long without an answer it is said that there is none
 
-Reports = list[tuple["Sent", "KafkaError | None", int, int]]
+BUSY = 16  # from so many events on their way on, the event loop asks for the reports itself
+TURN_SECONDS = 0.001  # between two of its questions, when nothing came
+STALL_SECONDS = 0.05  # a loop that does not ask for so long is blocked: the thread asks again
+
+Reports = deque[tuple["Sent", "KafkaError | None", int, int]]
 
 
 class Call:
@@ -115,7 +124,12 @@ class Publisher:
         self._trouble = ""
         self._answered = REAL.monotonic()
         self._warned = 0.0
-        self.reports: Reports = []
+        self.reports: Reports = deque()
+        self._outgoing: list[Sent] = []  # pending, and not handed to the client yet
+        self._turning = False  # an event loop has a turn ahead of it
+        self._turned = 0.0  # when it did so last
+        self._calm = threading.Event()  # the thread asks
+        self._calm.set()
         self._producer = self._make()
         self._thread = threading.Thread(target=self._run, name="unlost-kafka-publisher", daemon=True)
         self._thread.start()
@@ -149,7 +163,32 @@ class Publisher:
                 self._count += 1
                 event.number = self._count
                 self._pending[event.number] = event
-                self._produce(event)
+            self._outgoing.extend(events)
+        if not self._turning:
+            self._turning = True
+            self._turned = REAL.monotonic()
+            call.loop.call_soon(self._turn, call.loop)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Once in a turn of the event loop: hands over what its calls have brought, together; and as long as there is
+        much to confirm, takes what has been confirmed."""
+        self._turned = REAL.monotonic()
+        if self._outgoing:
+            with self._lock:
+                outgoing, self._outgoing = self._outgoing, []
+                for event in outgoing:
+                    self._produce(event)
+        if len(self._pending) < BUSY or self._fatal is not None or self._closed:
+            self._turning = False
+            self._calm.set()
+            return
+        self._calm.clear()
+        self._poll(0)
+        if self.reports:
+            self._take_reports(loop)
+            loop.call_soon(self._turn, loop)
+        else:
+            loop.call_later(TURN_SECONDS, self._turn, loop)
 
     def send_or_refuse(self, call: Call, events: Sequence[Sent]) -> None:
         """The same for a call of which another part may be under way: a refusal is the outcome of these events."""
@@ -199,7 +238,10 @@ class Publisher:
 
     def _run(self) -> None:
         while True:
-            self._poll(POLL_SECONDS)
+            if not self._calm.wait(STALL_SECONDS) and REAL.monotonic() - self._turned < STALL_SECONDS:
+                self._say_if_silent()
+                continue
+            self._poll(POLL_SECONDS if self._calm.is_set() else 0)
             if self._fatal is not None:
                 self._replace(self._fatal)
             if self.reports:
@@ -208,11 +250,12 @@ class Publisher:
                 return
             self._say_if_silent()
 
-    def _take_reports(self) -> None:
+    def _take_reports(self, here: asyncio.AbstractEventLoop | None = None) -> None:
+        """Tells the callers; those of the event loop `here`, which we are in, at once."""
+        answers: list[tuple[Sent, UnlostError | None, Receipt | None]] = []
         with self._lock:
-            reports, self.reports = self.reports, []
-            answers: list[tuple[Sent, UnlostError | None, Receipt | None]] = []
-            for event, error, offset, millis in reports:
+            while self.reports:  # the other thread may add to it at this moment
+                event, error, offset, millis = self.reports.popleft()
                 if error is not None and _producer_failed(error) and not self._closed:
                     self._fatal = self._fatal or error
                     continue  # it stays pending, and goes out again with the next producer
@@ -227,7 +270,10 @@ class Publisher:
                 else:
                     answers.append((event, sorted_error(error, f"publishing {event.id} to {event.topic}"), None))
         self._answered = REAL.monotonic()
-        self._tell(answers)
+        if here is not None and all(event.call.loop is here for event, _, _ in answers):
+            _resolve(answers)
+        else:
+            self._tell(answers)
 
     def _poll(self, seconds: float) -> None:
         if self._refused:
@@ -244,7 +290,7 @@ class Publisher:
             old = self._producer
             self._poll(0)  # what is confirmed already is not sent again
             self._fatal = None
-            self.reports = [r for r in self.reports if r[1] is None or not _producer_failed(r[1])]
+            self.reports = deque(r for r in self.reports if r[1] is None or not _producer_failed(r[1]))
             confirmed = {event.number for event, failed, _, _ in self.reports if failed is None}
             left = [event for number, event in self._pending.items() if number not in confirmed]
             if missing_rights(error):
@@ -255,6 +301,7 @@ class Publisher:
                     error.str(), len(left),
                 )  # fmt: skip
                 self._producer = self._make()
+                self._outgoing.clear()
                 for event in left:
                     event.again = True
                     self._produce(event)

@@ -115,9 +115,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 "check.crcs": True,
                 "isolation.level": "read_committed",
                 "allow.auto.create.topics": False,
-                "fetch.message.max.bytes": MESSAGE_BYTES_MAX + 1024 * 1024,
+                "fetch.message.max.bytes": 1024 * 1024,  # of one partition in one answer; a larger event comes alone
+                "queued.min.messages": 2000,
+                "fetch.queue.backoff.ms": 10,
                 "fetch.wait.max.ms": 100,
-                "queued.max.messages.kbytes": 65_536,
+                "queued.max.messages.kbytes": 32_768,
                 **({"group.protocol": "consumer"} if self.consumer_protocol else classic),
                 **chosen,
                 **more,
