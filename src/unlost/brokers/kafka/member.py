@@ -124,6 +124,8 @@ class KafkaMember:
         self._blocked_since: float | None = None
         self._all_paused = False
         self._checked = REAL.monotonic()
+        self._checking = False
+        self._gone: set[str] = set()  # topics that the last check did not find
         self._closing = threading.Event()
         self._handed_back: set[Place] = set()
         self._trouble = ""
@@ -688,7 +690,8 @@ class KafkaMember:
         if place not in self._assigned:
             return
         self._halted.add(place)
-        self._check_topics()
+        with contextlib.suppress(Unavailable, OutcomeUnknown):
+            self._compare(self._topics | self._cluster.describe([place[0]]))
         try:
             low, high = self._consumer.get_watermark_offsets(TopicPartition(*place), ASK_SECONDS, cached=False)
         except KafkaException as e:
@@ -710,17 +713,36 @@ class KafkaMember:
             log.error("%s: the Kafka cluster at %s cannot be reached: %s", self._service, where, self._trouble)
 
     def _check_topics(self) -> None:
+        """Looks, beside the polling, whether the topics are still those that our positions belong to."""
+        self._checked = REAL.monotonic()
+        if not self._checking:
+            self._checking = True
+            threading.Thread(target=self._describe, name="unlost-kafka-look", daemon=True).start()
+
+    def _describe(self) -> None:
+        try:
+            found = self._cluster.describe(list(self._topics))
+        except UnlostError as e:
+            log.warning("%s: the topics cannot be checked now: %s", self._service, e.what)
+        except Exception as e:
+            log.warning("%s: the topics cannot be checked now: %r", self._service, e)
+        else:
+            self._orders.put(lambda: self._compare(found))
+        finally:
+            self._checking = False
+
+    def _compare(self, found: Mapping[str, Described]) -> None:
         """A topic that was made again, or given more partitions, is not the one that our positions belong to.
 
         Raises:
             Damaged: so it is; the service stops.
         """
-        self._checked = REAL.monotonic()
-        try:
-            found = self._cluster.describe(list(self._topics))
-        except UnlostError as e:
-            log.warning("%s: the topics cannot be checked now: %s", self._service, e.what)
+        gone = self._topics.keys() - found.keys()
+        if gone and gone != self._gone:  # one broker may know less than the others for a moment
+            self._gone = gone
+            self._checked = REAL.monotonic() - CHECK_SECONDS + AGAIN_SECONDS
             return
+        self._gone = gone
         for name, known in self._topics.items():
             there = found.get(name)
             short = name[len(self._settings.prefix) :]
