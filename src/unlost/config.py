@@ -22,7 +22,7 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 SETTINGS = {
     "app": "where the App is: module:attribute, or a module that has one App",
     "broker": "URL of the broker",
-    "store": "URL of the store, or empty: the broker's own file",
+    "store": "URL of the store, or empty: the broker's own file, or .unlost/store.db beside Kafka",
     "log": "log level: debug, info, warning, error",
 }
 

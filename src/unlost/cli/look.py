@@ -294,15 +294,17 @@ def show_config(*, app: AppName = None, broker: BrokerUrl = None, json: Json = F
     - `unlost config --app hello --json`
     """
     found = settings(app=app, broker=broker)
-    if app is not None and broker is None:
+    if app is not None:
         from unlost.ops.load import load
 
-        url = load(app).app.broker_url
-        if url is not None:
-            found = [
-                msgspec.structs.replace(v, value=hide_secrets(url), source="code") if v.name == "broker" else v
-                for v in found
-            ]
+        loaded = load(app).app
+        code = {"broker": None if broker is not None else loaded.broker_url, "store": loaded.store_url}
+        found = [
+            v
+            if (said := code.get(v.name)) is None
+            else msgspec.structs.replace(v, value=hide_secrets(said), source="code")
+            for v in found
+        ]
     if json:
         print_json("config/1", {"settings": msgspec.to_builtins(found)})
         return 0

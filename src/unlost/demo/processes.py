@@ -18,7 +18,7 @@ STARTS_AGAIN_MAX = 3  # of a service that ends by itself
 class Processes:
     """Only ever touches processes that it started itself, by their pid."""
 
-    def __init__(self, folder: Path, url: str, store: str | None, bug: str | None) -> None:
+    def __init__(self, folder: Path, url: str, bug: str | None, store: str | None = None) -> None:
         self._folder = folder
         self.notes = folder / "notes"
         self.notes.mkdir(exist_ok=True)

@@ -122,7 +122,7 @@ class _Demo:
         self.strikes_begun = 0
         self.published = 0
         self.web = App(name="web", broker=place.url, store=place.store, schema="schema.sql")
-        self.processes = Processes(folder, place.url, place.store, bug)
+        self.processes = Processes(folder, place.url, bug, place.store)
         self.began = REAL.monotonic()
         self._moved = REAL.monotonic()
         self._seen_commits = -1

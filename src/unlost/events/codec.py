@@ -549,7 +549,8 @@ def peek(
     """
     if not headers:
         return None
-    names, values = zip(*headers, strict=True)
+    names = tuple([header[0] for header in headers])
+    values: Any = tuple([header[1] for header in headers])
     layout = _layouts.get(names, _UNKNOWN)
     if layout is _UNKNOWN:
         layout = _learn(names)

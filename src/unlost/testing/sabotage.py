@@ -87,7 +87,13 @@ def _position_may_lead(advance: bool) -> None:
             self.count(counted_as, 1)
         self.position = max(self.fated.first_gap(self.position), position + 1 if advance else 0)
 
+    def settle_done(self: Progress, positions: list[int], digest: int) -> None:
+        for position in positions:
+            settle(self, position, 0, "done")
+        self.digest ^= digest
+
     _replace(Progress, "settle", lambda _: settle)
+    _replace(Progress, "settle_done", lambda _: settle_done)
 
 
 @_bug("ack-first", "the position is saved when events are received, before they are handled")

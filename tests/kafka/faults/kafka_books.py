@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import apsw
-from confluent_kafka import OFFSET_BEGINNING, Consumer, ConsumerGroupTopicPartitions, IsolationLevel, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from unlost.delivery.note import Note, decode
@@ -54,24 +54,29 @@ def ends(bootstrap: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, i
     return {(p.topic, p.partition): f.result(SECONDS).offset for p, f in asked.items()}
 
 
-def committed(bootstrap: str, prefix: str, services: Sequence[str]) -> dict[Unit, int]:
-    """What the cluster remembers of each group."""
-    return {unit: offset for unit, (offset, _) in noted(bootstrap, prefix, services).items()}
+def noted(bootstrap: str, prefix: str, units: Iterable[Unit]) -> dict[Unit, tuple[int, Note | None]]:
+    """What the cluster remembers of these units for their groups, with our note beside it.
 
-
-def noted(bootstrap: str, prefix: str, services: Sequence[str]) -> dict[Unit, tuple[int, Note | None]]:
-    """What the cluster remembers of each group, with our note beside it."""
-    client = admin(bootstrap)
+    Asked as a consumer that takes part in nothing: the admin client's request for the same has ended this whole
+    process by an assertion of its own (`rd_kafka_enq_once_del_source_return`, 2.16.0) when its broker was killed.
+    """
     told: dict[Unit, tuple[int, Note | None]] = {}
-    for service in services:
-        asked = client.list_consumer_group_offsets(
-            [ConsumerGroupTopicPartitions(prefix + service)], request_timeout=LOOK_SECONDS
-        )
-        for future in asked.values():
-            for p in future.result(LOOK_SECONDS).topic_partitions or ():
-                if p.offset >= 0:
-                    told[Unit(service, p.topic[len(prefix) :], p.partition)] = (p.offset, decode(p.metadata or ""))
+    by_service: dict[str, list[Unit]] = {}
+    for unit in units:
+        by_service.setdefault(unit.service, []).append(unit)
+    for service, chosen in by_service.items():
+        places = [TopicPartition(prefix + unit.topic, unit.partition) for unit in chosen]
+        for p in _asking(bootstrap, prefix + service).committed(places, LOOK_SECONDS):
+            if p.error is not None:
+                raise KafkaException(p.error)
+            if p.offset >= 0:
+                told[Unit(service, p.topic[len(prefix) :], p.partition)] = (p.offset, decode(p.metadata or ""))
     return told
+
+
+@functools.lru_cache(100)
+def _asking(bootstrap: str, group: str) -> Consumer:
+    return Consumer({"bootstrap.servers": bootstrap, "group.id": group, "log_level": 0, "enable.auto.commit": False})
 
 
 def events(bootstrap: str, places: Sequence[tuple[str, int]]) -> dict[tuple[str, int], dict[int, int]]:

@@ -292,7 +292,7 @@ class Loop:
     def _look(self) -> None:
         """At no moment may the group have been told more than the store has."""
         try:
-            self.report.wrong += self.stage.committed_ahead(self.only or SERVICES)
+            self.report.wrong += self.stage.committed_ahead()
             self.report.looks += 1
         except Exception as e:  # the broker may be away just now
             print(f"could not look: {e!r}", file=sys.stderr)

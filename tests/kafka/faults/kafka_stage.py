@@ -20,7 +20,7 @@ from typing import Any
 import apsw
 from checker import Contract, check
 from evidence import Effect, Journal, read
-from kafka_books import Unit, balance, committed, positions
+from kafka_books import Note, Unit, balance, noted, positions
 from workload import SCHEMA, effects
 
 from unlost.ops import books as books_module
@@ -185,14 +185,18 @@ class Stage:
     def drained(self) -> bool:
         return not self.open_work()
 
-    def committed_ahead(self, services: Sequence[str]) -> list[str]:
+    def told(self) -> dict[Unit, tuple[int, Note | None]]:
+        """What the groups were told of all units that the store knows."""
+        return noted(self.inside, self.prefix, self.positions())
+
+    def committed_ahead(self) -> list[str]:
         """Offsets that the cluster was told beyond what the store has settled. The cluster is asked first."""
-        told = committed(self.inside, self.prefix, services)
+        told = self.told()
         settled = self.positions()
         return [
-            f"{unit}: the group was told {offset}, the store is at {settled.get(unit)}"
-            for unit, offset in told.items()
-            if offset > settled.get(unit, -1)
+            f"{unit}: the group was told {offset}, the store is at {settled[unit]}"
+            for unit, (offset, _) in told.items()
+            if offset > settled[unit]
         ]
 
     def verdict(self, contracts: Sequence[Contract], *, expired: dict[str, set[int]] | None = None) -> list[str]:

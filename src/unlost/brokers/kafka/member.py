@@ -204,6 +204,8 @@ class KafkaMember:
         while self._inbox and size < TAKE_BYTES:
             item = self._inbox[0]
             if isinstance(item, _Batch):
+                if self._nobody_wants_more():
+                    break
                 size += self._read(item, changes)
                 if item.messages:
                     break
@@ -220,6 +222,14 @@ class KafkaMember:
                     self._on_change(item)
                     changes.append(item)
         return changes
+
+    def _nobody_wants_more(self) -> bool:
+        """All of our units are paused, and nothing but events waits: then they wait where they are."""
+        return (
+            bool(self._states)
+            and all(state.paused for state in self._states.values())
+            and all(isinstance(item, _Batch) for item in self._inbox)
+        )
 
     def _on_change(self, change: Change) -> None:
         if isinstance(change, Assigned):
