@@ -549,8 +549,9 @@ def peek(
     """
     if not headers:
         return None
-    names = tuple([header[0] for header in headers])
-    values: Any = tuple([header[1] for header in headers])
+    names: Any
+    values: Any
+    names, values = zip(*headers, strict=True)
     layout = _layouts.get(names, _UNKNOWN)
     if layout is _UNKNOWN:
         layout = _learn(names)

@@ -90,8 +90,8 @@ class KafkaBroker:
         if not envelopes:
             return []
         known = self._known
-        missing = {e.topic for e in envelopes if e.topic not in known}
-        if missing:
+        if any(e.topic not in known for e in envelopes):
+            missing = {e.topic for e in envelopes} - known.keys()
             for e in envelopes:
                 headers_of(e)  # a batch that is refused makes no topic
             await asyncio.to_thread(self._find_or_make, sorted(missing))

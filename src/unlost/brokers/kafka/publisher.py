@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 from confluent_kafka import KafkaError, KafkaException, Producer
 
 from unlost.brokers.kafka.refusals import missing_rights, sorted_error
@@ -76,28 +77,22 @@ class Call:
         )  # fmt: skip
 
 
-class Sent:
+class Sent(msgspec.Struct, eq=False, gc=False):
     """One event on its way, with all that is needed to send it again."""
 
-    __slots__ = ("again", "call", "headers", "id", "key", "number", "partition", "place", "publisher", "size", "topic", "topic_there", "value")  # fmt: skip
-
-    def __init__(
-        self, publisher: Publisher, call: Call, place: int, id: str, topic: str, topic_there: str, partition: int,
-        key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]], size: int,
-    ) -> None:  # fmt: skip
-        self.publisher = publisher
-        self.call = call
-        self.place = place
-        self.id = id
-        self.topic = topic
-        self.topic_there = topic_there  # its name on the cluster
-        self.partition = partition
-        self.key = key
-        self.value = value
-        self.headers = headers
-        self.size = size
-        self.number = 0
-        self.again = False  # an earlier producer may have sent it
+    publisher: Publisher
+    call: Call
+    place: int
+    id: str
+    topic: str
+    topic_there: str  # its name on the cluster
+    partition: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    size: int
+    number: int = 0
+    again: bool = False  # an earlier producer may have sent it
 
     def reported(self, error: KafkaError | None, message: Any) -> None:
         """The delivery report, in the producer's thread."""
