@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from unlost.sqlite import process
 from unlost.testing import BROKER_SCENARIOS, STORE_SCENARIOS, check_broker, check_store
 from unlost.testing.conformance import Result
-from unlost.testing.conformance_broker import abilities_of
-from unlost.testing.promises import Column, table
 
 HUNG_SECONDS = 4.0  # instead of 30: nobody waits that long for a test
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @functools.cache
@@ -41,11 +37,3 @@ def test_broker(name: str) -> None:
 @pytest.mark.parametrize("name", [s.name for s in STORE_SCENARIOS])
 def test_store(name: str) -> None:
     store_result(name).confirm()
-
-
-def test_the_table_in_the_docs_is_current(tmp_path: Path) -> None:
-    """If not: `python -m unlost.testing.promises docs/broker-promises.md`."""
-    abilities = asyncio.run(abilities_of(f"embedded://{tmp_path}/events.db"))
-    broker = Column("embedded", [broker_result(s.name) for s in BROKER_SCENARIOS], abilities)
-    store = Column("embedded", [store_result(s.name) for s in STORE_SCENARIOS])
-    assert (DOCS / "broker-promises.md").read_text() == table([broker], [store])

@@ -1,28 +1,65 @@
-"""A real Kafka against the shipped suite, with both ways of sharing partitions."""
+"""A real Kafka against the shipped suite, with both ways of sharing partitions, and the table in the docs."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
+from pathlib import Path
 
 import pytest
-from servers.kafka import Kafka
+from test_embedded import broker_result, store_result
 
-from unlost.testing import BROKER_SCENARIOS, check_broker
+from servers.kafka import Kafka
+from unlost.testing import BROKER_SCENARIOS, STORE_SCENARIOS, check_broker
+from unlost.testing.conformance import Result
+from unlost.testing.conformance_broker import abilities_of
+from unlost.testing.promises import Column, table
 
 SESSION_MS = 6000  # the least that a cluster allows unless it is told otherwise
 HUNG_SECONDS = SESSION_MS / 1000 + 2
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@functools.cache
+def kafka_result(name: str, url: str) -> Result:
+    return asyncio.run(check_broker(url, only=[name], hung_seconds=HUNG_SECONDS))[0]
 
 
 @pytest.mark.parametrize("name", [s.name for s in BROKER_SCENARIOS])
 def test_broker(name: str, kafka: Kafka) -> None:
-    url = f"{kafka.url}?session.timeout.ms={SESSION_MS}"
-    asyncio.run(check_broker(url, only=[name], hung_seconds=HUNG_SECONDS))[0].confirm()
+    kafka_result(name, f"{kafka.url}?session.timeout.ms={SESSION_MS}").confirm()
 
 
 @pytest.mark.parametrize(
-    "name", ["a_new_service_sees_history", "seeking", "pausing", "members_share", "nothing_is_lost_while_members_change"]
+    "name",
+    ["a_new_service_sees_history", "seeking", "pausing", "members_share", "nothing_is_lost_while_members_change"],
 )
 def test_the_clusters_own_assignment(name: str, kafka: Kafka) -> None:
     """`group.protocol=consumer` (KIP-848): the same promises, where who has what is decided by the cluster."""
-    url = f"{kafka.url}?group.protocol=consumer"
-    asyncio.run(check_broker(url, only=[name], hung_seconds=HUNG_SECONDS))[0].confirm()
+    kafka_result(name, f"{kafka.url}?group.protocol=consumer").confirm()
+
+
+def test_the_table_in_the_docs_is_current(tmp_path: Path, kafka: Kafka) -> None:
+    """If not: `python tests/conformance/test_kafka.py`, which starts a cluster for it."""
+    assert (DOCS / "broker-promises.md").read_text() == current(
+        tmp_path, f"{kafka.url}?session.timeout.ms={SESSION_MS}"
+    )
+
+
+def current(folder: Path, url: str) -> str:
+    embedded = asyncio.run(abilities_of(f"embedded://{folder}/events.db"))
+    brokers = [
+        Column("embedded", [broker_result(s.name) for s in BROKER_SCENARIOS], embedded),
+        Column(
+            "kafka, one node", [kafka_result(s.name, url) for s in BROKER_SCENARIOS], asyncio.run(abilities_of(url))
+        ),
+    ]
+    return table(brokers, [Column("embedded", [store_result(s.name) for s in STORE_SCENARIOS])])
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with Kafka.start() as cluster, tempfile.TemporaryDirectory() as temporary:
+        text = current(Path(temporary), f"{cluster.url}?session.timeout.ms={SESSION_MS}")
+        (DOCS / "broker-promises.md").write_text(text)

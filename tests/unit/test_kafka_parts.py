@@ -23,7 +23,11 @@ def test_what_a_url_means() -> None:
     assert s.bootstrap == "one:9093,two:9092,[::1]:9000"
     assert s.prefix == "staging." and not s.consumer_protocol
     client = s.client()
-    assert (client["sasl.username"], client["sasl.password"], client["security.protocol"]) == ("ann", "s3cret", "SASL_SSL")
+    assert (client["sasl.username"], client["sasl.password"], client["security.protocol"]) == (
+        "ann",
+        "s3cret",
+        "SASL_SSL",
+    )
     assert "linger.ms" not in client and s.producer()["linger.ms"] == "5" and "linger.ms" not in s.consumer("g")
     assert "s3cret" not in repr(s)
     assert parse("kafka://h?group.protocol=consumer").consumer("g")["group.protocol"] == "consumer"

@@ -437,14 +437,20 @@ async def gaps_are_written_down(c: StoreCase) -> None:
     same((row["position"], list(Runs.decode(row["fated"]))), (7, [(0, 7), (8, 10)]), "progress")
     same(await owner.counts(), {"done": 1, "void": 2}, "counts")
     lines = [(r["start"], r["end"], r["kind"], r["why"]) for r in await owner.rows("gap")]
-    same(lines, [(0, 3, "expired", "retention"), (4, 5, "expired", "retention"), (6, 7, "expired", "retention")], "gaps")
+    same(
+        lines, [(0, 3, "expired", "retention"), (4, 5, "expired", "retention"), (6, 7, "expired", "retention")], "gaps"
+    )
     same(await owner.ledger(), {5: "dead"}, "the ledger")
     before = await owner.rows("gap")
     await pass_over(Gap(0, 7, "unaccountable", "again"))
     same(await owner.rows("gap"), before, "gaps that were known")
     (snapshot,) = await rig.store.progress([owner.unit])
     same((snapshot.position, list(snapshot.fated)), (7, [(0, 7), (8, 10)]), "the snapshot for the broker's note")
-    same((snapshot.topic_id, snapshot.partitions, snapshot.counts), (owner.info.id, 1, {"done": 1, "void": 2}), "the rest of it")
+    same(
+        (snapshot.topic_id, snapshot.partitions, snapshot.counts),
+        (owner.info.id, 1, {"done": 1, "void": 2}),
+        "the rest of it",
+    )
 
 
 @promise(STORE_SCENARIOS)

@@ -40,9 +40,9 @@ def table(brokers: Sequence[Column], stores: Sequence[Column]) -> str:
     lines = [
         "# Which promise holds on which broker",
         "",
-        "Made by `python -m unlost.testing.promises docs/broker-promises.md` from the results of `check_broker` and",
-        "`check_store`; a test compares it with new results. *kept*: seen to hold. *not promised*: the adapter does not",
-        "declare the ability that this needs. What survives a power cut is proved apart, by the crash-state harness.",
+        "Made by `unlost.testing.promises` from the results of `check_broker` and `check_store`; a test compares it with",
+        "new results. *kept*: seen to hold. *not promised*: the adapter does not declare the ability that this needs. What",
+        "survives a power cut is proved apart, by the crash-state harness; on Kafka it follows from the topic's replication.",
         "",
         "## What brokers declare",
         "",
@@ -52,6 +52,9 @@ def table(brokers: Sequence[Column], stores: Sequence[Column]) -> str:
     ]
     for ability, words in ABILITIES.items():
         lines.append(_row([words, *("yes" if getattr(c.abilities, ability, False) else "no" for c in brokers)]))
+    for words, field in (("a dead", "death_seconds"), ("a leaving", "leave_seconds")):
+        times = (f"{getattr(c.abilities, field):g} s" if c.abilities else "" for c in brokers)
+        lines.append(_row([f"{words} member's partitions are others' within", *times]))
     for title, columns in (("What brokers promise", brokers), ("What stores promise", stores)):
         lines += [
             "",
