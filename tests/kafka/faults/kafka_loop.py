@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ import unlost.sqlite.process as process_module
 import unlost.store.outbox as outbox_module
 import unlost.store.sqlite as store_module
 from servers.kafka import Kafka
+from unlost import App, OutcomeUnknown, Unavailable
 from unlost.brokers.kafka.member import KafkaMember
 from unlost.brokers.kafka.publisher import Publisher
 from unlost.delivery.relay import Relay
@@ -45,6 +47,7 @@ from unlost.store.sqlite import SqliteStore
 
 SESSION_SECONDS = 1.5
 HUNG_SECONDS = 2.0
+COULD_NOT_START = 75  # without its cluster a program does not start, and says so; whoever runs it starts it again
 ZOMBIE_SECONDS = 3.5  # longer than a session, and than a process may stand still
 
 # (owner, function): a process may be armed to end itself before or after the n-th call of one of these
@@ -106,7 +109,27 @@ def run_child(job: Job) -> None:
     journal = Journal(job.evidence, f"{job.name}-{job.life:04d}")
     probe = workload.arm_at_random(journal, rng, POINTS, RARE) if job.armed else None
     run = {"services": workload.services, "publish": publishing, "sync": publishing_sync, "operator": operating}
-    run[job.kind](job, journal, rng, probe)
+    started = _tell_when_started(App)
+    try:
+        run[job.kind](job, journal, rng, probe)
+    except (Unavailable, OutcomeUnknown):
+        if job.kind == "services" and started:
+            raise  # a service goes on by itself
+        traceback.print_exc()
+        sys.exit(COULD_NOT_START)
+
+
+def _tell_when_started(app: type[App]) -> list[bool]:
+    """Filled when the services of this process begin."""
+    started: list[bool] = []
+    announce = app._announce
+
+    def noted(self: App, services: Any) -> None:
+        started.append(True)
+        announce(self, services)
+
+    app._announce = noted  # type: ignore[method-assign]
+    return started
 
 
 @dataclass
@@ -344,6 +367,8 @@ class Loop:
             self.report.kills += 1
             if not child.killed:
                 self.report.by_kind["crash point"] += 1
+        elif child.code == COULD_NOT_START and self.kafka is not None:
+            self.report.by_kind["could not start"] += 1
         elif child.code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
             self.report.wrong.append(f"{name} ended with {child.code}; see {self.stage.log}")
         if restart:

@@ -143,14 +143,19 @@ class Cluster:
         """Those of these topics that exist."""
         if not names:
             return {}
-        told = self.admin.describe_topics(TopicCollection(sorted(names)), request_timeout=ADMIN_SECONDS)
-        topics: dict[str, Any] = {}
-        for name, future in told.items():
-            try:
-                topics[name] = self._wait(future)
-            except KafkaException as e:
-                if e.args[0].name() not in ("UNKNOWN_TOPIC_OR_PART", "UNKNOWN_TOPIC_OR_PARTITION", "UNKNOWN_TOPIC"):
-                    raise sorted_error(e, f"describing topic {name}") from None
+
+        def ask() -> dict[str, Any]:
+            told = self.admin.describe_topics(TopicCollection(sorted(names)), request_timeout=ADMIN_SECONDS)
+            found: dict[str, Any] = {}
+            for name, future in told.items():
+                try:
+                    found[name] = self._wait(future)
+                except KafkaException as e:
+                    if e.args[0].name() not in ("UNKNOWN_TOPIC_OR_PART", "UNKNOWN_TOPIC_OR_PARTITION", "UNKNOWN_TOPIC"):
+                        raise
+            return found
+
+        topics = self._patiently(ask, f"describing topic {', '.join(sorted(names))}")
         if not topics:
             return {}
         configs = self.config(ResourceType.TOPIC, topics)
@@ -268,7 +273,7 @@ class Cluster:
             raise self._unreachable(e) from None
 
     def _patiently(self, work: Callable[[], T], what: str) -> T:
-        """Again while a partition has no leader for the moment."""
+        """Again while a partition has no leader for the moment, or a connection is cut. For what only asks."""
         end = REAL.monotonic() + ADMIN_SECONDS
         while True:
             try:
@@ -277,7 +282,7 @@ class Cluster:
                 error = e.args[0]
                 if not (error.retriable() or error.name() in ("NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE",
                         "UNKNOWN_TOPIC_OR_PART", "UNKNOWN_LEADER_EPOCH", "FENCED_LEADER_EPOCH", "OFFSET_NOT_AVAILABLE",
-                        "_TIMED_OUT", "_TRANSPORT")) or REAL.monotonic() > end:  # fmt: skip
+                        "_TIMED_OUT", "_TRANSPORT", "_NOENT")) or REAL.monotonic() > end:  # fmt: skip
                     raise sorted_error(e, what) from None
                 REAL.pause(0.1)
 
