@@ -108,7 +108,7 @@ class Plain:
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("aside", "attempts", "draining", "epoch", "fated_end", "gone", "in_hand", "lanes", "narrow", "paused", "plain", "put", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "fated_end", "gone", "in_hand", "lanes", "narrow", "paused", "plain", "put", "read", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -125,6 +125,7 @@ class Owned:
         self.running = 0
         self.sleeping = 0
         self.paused = False
+        self.read = taken.position  # how far its log was received
         self.put = 0  # the settler's number of the last outcome; here, because a lane without events is dropped
         self.unacked = False  # the broker does not know yet how far it is settled
         self.narrow = False  # its done-set fills most of the broker's note: only what makes it smaller is taken

@@ -442,12 +442,13 @@ class Worker:
         assert self._member is not None
         for unit, found in saved.items():
             _check_note(unit, found, self._store.id)
+        for unit in units:
+            if unit in self.owned:  # what it settles from now on would be fenced, and taken for somebody else's doing
+                self._on_lost(self.owned[unit])
         self._timers = [timer for timer in self._timers if not timer[2].owned.gone]
         heapq.heapify(self._timers)
         for taken in await self._insist(self._store.take, units):
             _check_saved(taken, saved.get(taken.unit), self._store.id)
-            if taken.unit in self.owned:
-                self._on_lost(self.owned[taken.unit])
             owned = self.owned[taken.unit] = Owned(taken)
             self._suspicion.change(len(owned.suspects))
             if owned.suspects:
@@ -464,13 +465,15 @@ class Worker:
                 lane = owned.lane(None, position)
                 lane.stored, lane.blocked, lane.due = True, True, due
                 self._set_timer(due, lane)
+            self._member.resume(taken.unit)  # a pause of before, told when the unit was lost already
             self._member.seek(taken.unit, taken.position)
 
     def _take_in(self, arrivals: Arrivals) -> None:
         owned = self.owned.get(arrivals.unit)
         if owned is None or owned.gone or owned.draining:
             return
-        self._store.received(owned.taken, arrivals.events[-1].position + 1)
+        owned.read = arrivals.events[-1].position + 1
+        self._store.received(owned.taken, owned.read)
         fated, fated_end = owned.taken.fated, owned.fated_end
         seen = self._seen(arrivals.events)
         for arrival in arrivals.events:
@@ -542,7 +545,8 @@ class Worker:
         owned = self.owned.get(gone.unit)
         if owned is not None and not (owned.gone or owned.draining):
             self._settler.put(owned, gone.gap)
-            self._store.received(owned.taken, gone.gap.end)
+            owned.read = gone.gap.end
+            self._store.received(owned.taken, owned.read)
 
     def _seen(self, arrivals: Iterable[Arrival]) -> dict[tuple[str, str], int]:
         """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
@@ -893,8 +897,9 @@ class Worker:
         for snapshot in await self._insist(self._store.progress, list(by_unit)):
             text, share = note.encode(self._store.id, snapshot)
             owned = by_unit[snapshot.unit]
-            owned.narrow = share >= note.NARROW
-            if owned.narrow:
+            wide = share >= note.NARROW
+            owned.narrow = wide and owned.read >= owned.fated_end  # before that, what is read fills gaps
+            if wide:
                 owned.unacked = True  # looked at again: it may have become smaller
             self._throttle(owned)
             acks.append(Ack(snapshot.unit, snapshot.position, text))

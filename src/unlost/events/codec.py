@@ -561,19 +561,26 @@ def peek(
         joined = b"".join(values)
     except TypeError:  # a header without a value
         return None
-    id, source, time = values[layout.id], values[layout.source], values[layout.time]
+    id, source, type, time = values[layout.id], values[layout.source], values[layout.type], values[layout.time]
     kind = values[layout.kind] if layout.kind >= 0 else b""
     revision = values[layout.revision] if layout.revision >= 0 else b"1"
     if (
-        len(joined) > _PEEK_BYTES_MAX or not joined.isascii() or not joined.decode().isprintable()
-        or not (id and source and values[layout.type]) or values[layout.version] != b"1.0"
+        len(joined) > _PEEK_BYTES_MAX or not joined.isascii() or not (id + source + type).decode().isprintable()
+        or not (id and source and type) or values[layout.version] != b"1.0"
         or len(time) != 27 or time[26:] != b"Z" or not time[20:26].isdigit() or not _is_second_of(time[:20])
         or (kind != b"application/json" and b"cloudevents" in kind.lower())
         or (revision != b"1" and not (revision.isdigit() and len(revision) < 9 and int(revision) > 0))
     ):  # fmt: skip
         return None
-    digest = int.from_bytes(blake2b(source + b"\0" + id, digest_size=8).digest(), "big", signed=True)
-    return values[layout.type].decode(), digest, kind == b"application/json" and revision == b"1", values, layout
+    begun = _begun(source).copy()  # what `event_hash` makes, from where the source ends
+    begun.update(id)
+    digest = int.from_bytes(begun.digest(), "big", signed=True)
+    return type.decode(), digest, kind == b"application/json" and revision == b"1", values, layout
+
+
+@lru_cache(maxsize=1024)
+def _begun(source: bytes) -> Any:
+    return blake2b(source + b"\0", digest_size=8)
 
 
 @lru_cache(maxsize=256)

@@ -84,8 +84,10 @@ def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Seque
     os.dup2(out, 2)
     parent = os.getppid()
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
-    if not sabotage_kafka.from_environment():
-        sabotage.from_environment()
+    for bug in os.environ.get(sabotage.VARIABLE, "").split("+"):  # two lines may guard the same
+        os.environ[sabotage.VARIABLE] = bug
+        if not sabotage_kafka.from_environment():
+            sabotage.from_environment()
     work(*args)
     sys.stderr.flush()
 

@@ -40,6 +40,7 @@ class KafkaBroker:
         self._narrow: dict[int, Publisher] = {}  # by their largest batch
         self._low: dict[str, int] = {}  # topics that take no batch of the usual size
         self._starting = threading.Lock()
+        self._reading = threading.Lock()  # another one: who publishes waits for no read
         self._known: dict[str, Described] = {}  # by our names
         self._decoders: dict[str, Decoder] = {}
         self._retained: dict[str, bool] = {}  # topics of which this App has declared how long they are kept
@@ -265,7 +266,7 @@ class KafkaBroker:
         return self._infos(self.cluster.describe(full))
 
     def _read(self, topic: str, partition: int, start: int, limit: int) -> Sequence[Arrival]:
-        with self._starting:
+        with self._reading:
             if self._log is None:
                 self._log = KafkaLog(self.settings, self._decoders)
             return self._log.read(topic, partition, start, limit)

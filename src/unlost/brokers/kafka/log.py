@@ -84,7 +84,8 @@ class KafkaLog:
         start = max(start, low)
         if start >= high or limit <= 0:
             return []
-        if self._at != (place.topic, place.partition, start):
+        fresh = self._at != (place.topic, place.partition, start)
+        if fresh:
             consumer.assign([TopicPartition(place.topic, place.partition, start)])
         self._at = None
         found: list[Arrival] = []
@@ -95,12 +96,18 @@ class KafkaLog:
                 error = m.error()
                 if error is not None:
                     if error.code() == KafkaError._PARTITION_EOF:
-                        at = high
+                        if fresh or (m.offset() or 0) >= high:
+                            at = high
+                        else:  # seen when the log ended there
+                            consumer.assign([TopicPartition(place.topic, place.partition, at)])
+                            fresh = True
                         continue
                     if error.code() == KafkaError._AUTO_OFFSET_RESET:  # retention has moved on in the meantime
                         return found
                     raise KafkaException(error)
                 position = m.offset() or 0
+                if position < at:
+                    continue
                 at = position + 1
                 found.append(received(m, topic, self._decoders.get(topic)))
                 end = REAL.monotonic() + READ_SECONDS

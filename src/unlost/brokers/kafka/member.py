@@ -44,7 +44,7 @@ HELD_BYTES_MAX = 16 * 1024 * 1024
 STALL_SECONDS = 0.5  # an event loop that takes nothing for so long is blocked: partitions pause, polling goes on
 DRAIN_SECONDS = 10.0  # how long a revoked partition may take to be handed back
 AGAIN_SECONDS = 1.0  # until a unit that we let go of, but still have, is offered to us again
-CHECK_SECONDS = 10.0  # how often it is checked that the topics are still the same
+CHECK_SECONDS = 3.0  # how often it is checked that the topics are still the same
 ASK_SECONDS = 10.0
 SILENT_SECONDS = 20.0
 
@@ -116,6 +116,8 @@ class KafkaMember:
         self._news: list[Place] = []  # assigned, and not announced yet
         self._again: list[tuple[float, Place]] = []
         self._seeks: list[tuple[Place, int, int]] = []  # those that came too early
+        self._look_ups: list[tuple[Place, int]] = []  # reads that were out of range
+        self._handing_back = False  # in the middle of a call of the client: messages of before may be in its hands
         self._halted: set[Place] = set()  # out of range: the client reads no more of them, wherever it is sent
         self._posted = self._posted_bytes = 0
         self._taken = self._taken_bytes = 0  # (written by the event loop)
@@ -259,13 +261,12 @@ class KafkaMember:
             length = len(m)
             taken += length
             found = states.get((m.topic(), m.partition()))  # type: ignore[arg-type]
-            if m.error() is not None:
-                if found is None or not found.live or not self._is_end(m, found):
-                    self._on_message_error(m, found)
-                    continue
-            elif found is None or not found.live:
+            if m.error() is not None and not self._is_end(m):
+                self._on_message_error(m, found)
+                continue
+            if found is None or not found.live:
                 continue  # fetched before it was taken from us, or before a seek
-            elif found.paused or found.held:
+            if found.paused or found.held:
                 self._hold(found, m, length)
                 continue
             if not found.fresh:
@@ -316,6 +317,7 @@ class KafkaMember:
         state.held_bytes -= size
         if not state.live:  # it jumped: all is read again
             state.held.clear()
+            state.held_bytes = 0
         if state.held:
             self._wake.set()  # there is more
         elif state.stopped:
@@ -348,20 +350,22 @@ class KafkaMember:
             )
         return Gap(start, end, "void", "markers of transactions")
 
-    def _is_end(self, m: Message, state: _State) -> bool:
+    def _is_end(self, m: Message) -> bool:
         error = m.error()
-        return error is not None and error.code() == KafkaError._PARTITION_EOF and not (state.paused or state.held)
+        return error is not None and error.code() == KafkaError._PARTITION_EOF
 
     def _on_message_error(self, m: Message, state: _State | None) -> None:
         error = m.error()
         assert error is not None
         code = error.code()
-        if code == KafkaError._PARTITION_EOF:
-            return
         if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
-            if state is not None and state.live:
-                place, token = state.place, state.token
-                self._orders.put(lambda: self._look_up(place, token))
+            # also when a seek is under way: the client may have stopped for good before it, and will not say so twice
+            place = (m.topic() or "", m.partition() or 0)
+            if state is None or state.next is None:
+                self._orders.put(lambda: self._halt(place))
+            else:
+                token = state.token
+                self._orders.put(lambda: self._look_ups.append((place, token)))
         elif code in (KafkaError._BAD_MSG, KafkaError.INVALID_MSG, KafkaError._BAD_COMPRESSION):
             if state is not None:
                 state.bad = f"the client could not read it: {error.str()}"
@@ -488,6 +492,8 @@ class KafkaMember:
                 raise KafkaException(self._fatal)
             self._obey()
             self._late_seeks()
+            self._late_look_ups()
+            self._watch()
             if self._is_full():
                 continue
             first = consumer.poll(POLL_SECONDS)
@@ -496,7 +502,6 @@ class KafkaMember:
                 messages.appendleft(first)
                 self._post_messages(messages)
             self._announce()
-            self._watch()
 
     def _start_anew(self) -> None:
         """A new client in place of one that failed. What we had is lost to us: others may have it already."""
@@ -527,7 +532,7 @@ class KafkaMember:
 
     def _obey(self) -> None:
         with contextlib.suppress(queue.Empty):
-            while True:
+            for _ in range(self._orders.qsize()):  # those that are there now: polling must go on
                 self._orders.get_nowait()()
 
     def _is_full(self) -> bool:
@@ -570,9 +575,13 @@ class KafkaMember:
             self._handed_back.clear()
             self._post(Revoked([self._unit(p) for p in sorted(announced)]))
             end = REAL.monotonic() + DRAIN_SECONDS
-            while not announced <= self._handed_back and REAL.monotonic() < end and not self._closing.is_set():
-                with contextlib.suppress(queue.Empty):
-                    self._orders.get(timeout=0.02)()
+            self._handing_back = True
+            try:
+                while not announced <= self._handed_back and REAL.monotonic() < end and not self._closing.is_set():
+                    with contextlib.suppress(queue.Empty):
+                        self._orders.get(timeout=0.02)()
+            finally:
+                self._handing_back = False
             if late := announced - self._handed_back:
                 log.warning("%s: %d partitions are taken from us with handlers still at work", self._service, len(late))
                 self._post(Lost([self._unit(p) for p in sorted(late)]))
@@ -593,6 +602,7 @@ class KafkaMember:
         self._handed_back -= places
         self._fetching = {p: t for p, t in self._fetching.items() if p not in places}
         self._seeks = [s for s in self._seeks if s[0] not in places]
+        self._look_ups = [s for s in self._look_ups if s[0] not in places]
         self._again = [a for a in self._again if a[1] not in places]
 
     def _announce(self) -> None:
@@ -606,6 +616,9 @@ class KafkaMember:
         places = [TopicPartition(*p) for p in self._news]
         try:
             committed = self._consumer.committed(places, ASK_SECONDS)
+            for p in committed:
+                if p.error is not None:  # the owner before us may have left a note there: nothing begins without it
+                    raise KafkaException(p.error)
         except KafkaException as e:
             error = e.args[0]
             if error.name() in ("GROUP_AUTHORIZATION_FAILED", "TOPIC_AUTHORIZATION_FAILED") or error.fatal():
@@ -614,16 +627,17 @@ class KafkaMember:
             return  # again in the next turn
         self._news = [p for p in self._news if p in self._assigned]
         saved = {
-            self._unit((p.topic, p.partition)): Saved(p.offset, p.metadata or "")
-            for p in committed
-            if p.error is None and p.offset >= 0
+            self._unit((p.topic, p.partition)): Saved(p.offset, p.metadata or "") for p in committed if p.offset >= 0
         }
         self._post(Assigned([self._unit(p) for p in self._news], saved))
         self._handed_back -= set(self._news)
         self._news = []
 
     def _do_seek(self, place: Place, position: int, token: int) -> None:
-        if place not in self._assigned:
+        if place not in self._assigned or token < self._fetching.get(place, 0):
+            return  # a later one was faster
+        if self._handing_back:
+            self._seeks.append((place, position, token))
             return
         self._quiet.discard(place)
         target = TopicPartition(*place, position)
@@ -695,11 +709,21 @@ class KafkaMember:
         with contextlib.suppress(KafkaException):
             self._consumer.resume([TopicPartition(*p) for p in places])
 
+    def _halt(self, place: Place) -> None:
+        if place in self._assigned:
+            self._halted.add(place)
+
+    def _late_look_ups(self) -> None:
+        look_ups, self._look_ups = self._look_ups, []
+        for look_up in look_ups:
+            if not self._closing.is_set():
+                self._look_up(*look_up)
+
     def _look_up(self, place: Place, token: int) -> None:
         """A read was out of range: is the topic another one now, or has its log moved on?"""
         if place not in self._assigned:
             return
-        self._halted.add(place)
+        self._halt(place)
         with contextlib.suppress(Unavailable, OutcomeUnknown):
             self._compare(self._topics | self._cluster.describe([place[0]]))
         try:
@@ -707,11 +731,13 @@ class KafkaMember:
         except KafkaException as e:
             log.warning("%s/%d: its range cannot be looked up yet: %s", *place, e.args[0].str())
             self._closing.wait(0.2)
-            self._orders.put(lambda: self._look_up(place, token))
+            self._look_ups.append((place, token))
             return
         self._post(_Range(place, token, low, high))
 
     def _watch(self) -> None:
+        if self._loop.is_closed():  # nobody is there any more: what is ours is for others
+            self._closing.set()
         now = REAL.monotonic()
         if now - self._checked > CHECK_SECONDS:
             self._checked = now

@@ -121,7 +121,8 @@ class Publisher:
         self._warned = 0.0
         self.reports: Reports = deque()
         self._outgoing: list[Sent] = []  # pending, and not handed to the client yet
-        self._turning = False  # an event loop has a turn ahead of it
+        self._turning = False  # an event loop has a turn ahead of it (changed under the lock only)
+        self._turns = 0  # the number of its chain of turns: what is left of an older one does nothing
         self._turned = 0.0  # when it did so last
         self._calm = threading.Event()  # the thread asks
         self._calm.set()
@@ -159,31 +160,45 @@ class Publisher:
                 event.number = self._count
                 self._pending[event.number] = event
             self._outgoing.extend(events)
-        if not self._turning:
-            self._turning = True
-            self._turned = REAL.monotonic()
-            call.loop.call_soon(self._turn, call.loop)
+            if not self._turning:
+                self._turning = True
+                self._turned = REAL.monotonic()
+                self._turns += 1
+                call.loop.call_soon(self._turn, call.loop, self._turns)
 
-    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _turn(self, loop: asyncio.AbstractEventLoop, chain: int) -> None:
         """Once in a turn of the event loop: hands over what its calls have brought, together; and as long as there is
         much to confirm, takes what has been confirmed."""
-        self._turned = REAL.monotonic()
-        if self._outgoing:
-            with self._lock:
-                outgoing, self._outgoing = self._outgoing, []
-                for event in outgoing:
-                    self._produce(event)
-        if len(self._pending) < BUSY or self._fatal is not None or self._closed:
-            self._turning = False
-            self._calm.set()
-            return
-        self._calm.clear()
+        with self._lock:
+            if chain != self._turns:
+                return  # we came late, and somebody else has it
+            self._turned = REAL.monotonic()
+            self._hand_over()
+            if len(self._pending) < BUSY or self._fatal is not None or self._closed:
+                self._turning = False
+                self._calm.set()
+                return
+            self._calm.clear()
         self._poll(0)
         if self.reports:
             self._take_reports(loop)
-            loop.call_soon(self._turn, loop)
+            loop.call_soon(self._turn, loop, chain)
         else:
-            loop.call_later(TURN_SECONDS, self._turn, loop)
+            loop.call_later(TURN_SECONDS, self._turn, loop, chain)
+
+    def _hand_over(self) -> None:
+        outgoing, self._outgoing = self._outgoing, []
+        for event in outgoing:
+            self._produce(event)
+
+    def _take_over(self) -> None:
+        """From an event loop that does not come to its turn: it is blocked, or has ended. Others may be waiting."""
+        if self._turning and REAL.monotonic() - self._turned > STALL_SECONDS:
+            with self._lock:
+                self._turns += 1
+                self._turning = False
+                self._hand_over()
+                self._calm.set()
 
     def send_or_refuse(self, call: Call, events: Sequence[Sent]) -> None:
         """The same for a call of which another part may be under way: a refusal is the outcome of these events."""
@@ -214,7 +229,14 @@ class Publisher:
     # --- the producer's thread ----------------------------------------------------------------------------
 
     def _make(self) -> Producer:
-        return Producer(self._settings.producer(error_cb=self._on_error, **self._more))
+        """
+        Raises:
+            UnlostError: the client does not start: a file that its settings name is gone, or there are no threads left.
+        """
+        try:
+            return Producer(self._settings.producer(error_cb=self._on_error, **self._more))
+        except KafkaException as e:
+            raise sorted_error(e, "making a producer") from None
 
     def _produce(self, e: Sent) -> None:
         try:
@@ -230,12 +252,15 @@ class Publisher:
             self.reports.append((e, failed.args[0], -1, -1))
         except BufferError:  # our bounds are tighter, so this comes only with a producer that does not work
             self.reports.append((e, KafkaError(KafkaError._QUEUE_FULL), -1, -1))
+        except Exception as failed:  # not even a message for the client: those behind it are not to blame
+            self.reports.append((e, KafkaError(KafkaError._INVALID_ARG, repr(failed)), -1, -1))
 
     def _run(self) -> None:
         while True:
             if not self._calm.wait(STALL_SECONDS) and REAL.monotonic() - self._turned < STALL_SECONDS:
                 self._say_if_silent()
                 continue
+            self._take_over()
             self._poll(POLL_SECONDS if self._calm.is_set() else 0)
             if self._fatal is not None:
                 self._replace(self._fatal)
@@ -284,22 +309,33 @@ class Publisher:
         with self._lock:
             old = self._producer
             self._poll(0)  # what is confirmed already is not sent again
-            self._fatal = None
-            self.reports = deque(r for r in self.reports if r[1] is None or not _producer_failed(r[1]))
-            confirmed = {event.number for event, failed, _, _ in self.reports if failed is None}
-            left = [event for number, event in self._pending.items() if number not in confirmed]
+            answered = set()  # with success or without: what is refused must not get there after all
+            for _ in range(len(self.reports)):  # in place: an event loop may add to it at this moment
+                report = self.reports.popleft()
+                if report[1] is None or not _producer_failed(report[1]):
+                    self.reports.append(report)
+                    answered.add(report[0].number)
+            left = [event for number, event in self._pending.items() if number not in answered]
             if missing_rights(error):
+                self._fatal = None
+                self._outgoing.clear()
                 self._refuse(left, error)
             else:
                 log.error(
                     "the Kafka producer failed for good (%s); a new one sends %d events again, in order: at most duplicates",
                     error.str(), len(left),
                 )  # fmt: skip
-                self._producer = self._make()
-                self._outgoing.clear()
-                for event in left:
-                    event.again = True
-                    self._produce(event)
+                try:
+                    self._producer = self._make()
+                except UnlostError as e:
+                    self._fatal = error  # for the next try
+                    log.error("no new Kafka producer can be made; it is tried again: %s", e)
+                else:
+                    self._fatal = None
+                    self._outgoing.clear()
+                    for event in left:
+                        event.again = True
+                        self._produce(event)
         old.purge()
         threading.Event().wait(RECREATE_SECONDS)
 

@@ -27,7 +27,7 @@ from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import CONNECT_SECONDS, MESSAGE_BYTES_MAX, Settings
 from unlost.brokers.port import Survives
 from unlost.config import duration
-from unlost.errors import Unavailable, UnlostError, UsageError
+from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.events import check_name
 from unlost.events.topic import Topic, TopicInfo
 from unlost.world import REAL
@@ -263,7 +263,15 @@ class Cluster:
             REAL.pause(0.05)
 
     def _wait(self, future: Future[T]) -> T:
-        return future.result(ADMIN_SECONDS + 5)
+        try:
+            return future.result(ADMIN_SECONDS + 5)
+        except TimeoutError:
+            raise OutcomeUnknown(
+                "UL2120",
+                "nobody can say whether the Kafka cluster did that",
+                found="no answer of the client",
+                fix="do it again",
+            ) from None
 
     def _call(self, work: Callable[[], T]) -> T:
         try:
