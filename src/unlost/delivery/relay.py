@@ -1,7 +1,8 @@
 """Relaying: from the outbox of the store to a broker that keeps its log elsewhere.
 
 **Guarantee** a row leaves the outbox only with the broker's receipt in hand, and rows of one key leave in the order
-of their commits: a row that fails holds up its own key, and no other.
+of their commits: a row that fails holds up its own key, and no other. (What the broker would refuse is refused where
+it is published; for a row that fails all the same, later ones of its key in the same batch may have left before.)
 **After a crash** rows that were sent and not yet marked are sent again, with the same ids: never zero times.
 """
 

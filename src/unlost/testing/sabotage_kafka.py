@@ -252,10 +252,10 @@ def _accepted_when_handed_over() -> None:
 
 @_bug("not-sent-again", "what waited for a producer that failed is not sent with the next one")
 def _not_sent_again() -> None:
-    def make(original: Callable[[Publisher], None]) -> Any:
-        def replace(self: Publisher) -> None:
+    def make(original: Callable[[Publisher, Any], None]) -> Any:
+        def replace(self: Publisher, error: Any) -> None:
             pending, self._pending = self._pending, {}
-            original(self)
+            original(self, error)
             self._pending = pending
 
         return replace

@@ -42,6 +42,7 @@ BACKLOG_BYTES_MAX = 32 * 1024 * 1024
 HELD_MAX = 2000  # messages of a paused unit, before the client is told to pause it too
 HELD_BYTES_MAX = 16 * 1024 * 1024
 STALL_SECONDS = 0.5  # an event loop that takes nothing for so long is blocked: partitions pause, polling goes on
+COMMIT_SECONDS = 3.0  # how long a partition's way to another member waits for the group's offsets
 DRAIN_SECONDS = 10.0  # how long a revoked partition may take to be handed back
 AGAIN_SECONDS = 1.0  # until a unit that we let go of, but still have, is offered to us again
 CHECK_SECONDS = 3.0  # how often it is checked that the topics are still the same
@@ -513,8 +514,12 @@ class KafkaMember:
             self._post(Lost([self._unit(p) for p in sorted(lost)]))
         with contextlib.suppress(KafkaException, RuntimeError):
             self._consumer.close()
-        self._closing.wait(AGAIN_SECONDS)
-        self._consumer = self._make()
+        while not self._closing.wait(AGAIN_SECONDS):
+            try:
+                self._consumer = self._make()
+                return
+            except KafkaException as e:
+                log.error("%s: no new Kafka client can be made yet: %s", self._service, e.args[0].str())
 
     def _make(self) -> Consumer:
         group = self._settings.prefix + self._service
@@ -689,13 +694,21 @@ class KafkaMember:
         mine = [p for p in places if (p.topic, p.partition) in self._assigned]
         if not mine:
             return
+        if wait:  # beside us: a coordinator that does not answer must not hold up the others of the group
+            committing = threading.Thread(target=self._commit_now, args=(mine, True), daemon=True)
+            committing.start()
+            committing.join(COMMIT_SECONDS)
+        else:
+            self._commit_now(mine, False)
+
+    def _commit_now(self, places: list[TopicPartition], wait: bool) -> None:
         try:
             if wait:
-                self._consumer.commit(offsets=mine, asynchronous=False)
+                self._consumer.commit(offsets=places, asynchronous=False)
             else:
-                self._consumer.commit(offsets=mine)
-        except KafkaException as e:  # the store has it all: this is for those who look at the group
-            log.info("%s: the group's offsets were not saved: %s", self._service, e.args[0].str())
+                self._consumer.commit(offsets=places)
+        except (KafkaException, RuntimeError) as e:  # the store has it all: this is for those who look at the group
+            log.info("%s: the group's offsets were not saved: %s", self._service, e)
 
     def _on_commit(self, error: KafkaError | None, _places: list[TopicPartition]) -> None:
         if error is not None:

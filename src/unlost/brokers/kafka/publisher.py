@@ -34,6 +34,8 @@ log = logging.getLogger("unlost.kafka")
 
 PENDING_MAX = 200_000  # events that wait for the cluster
 PENDING_BYTES_MAX = 256 * 1024 * 1024
+BATCH_MAX = 400_000  # events of one call: the client holds half a million
+BYTES_SPARED = 32 * 1024 * 1024
 POLL_SECONDS = 0.1
 CLOSE_SECONDS = 10.0
 RECREATE_SECONDS = 0.5  # between two producers, when each fails at once
@@ -142,8 +144,13 @@ class Publisher:
             if self._closed:
                 raise UsageError("UL1114", "this broker is closed", fix="use it inside `async with app:`")
             size = sum(e.size for e in events)
-            if len(self._pending) + len(events) > PENDING_MAX or (
-                self._pending and self._bytes + size > PENDING_BYTES_MAX
+            if len(events) > BATCH_MAX or size > 2 * PENDING_BYTES_MAX - BYTES_SPARED:
+                raise UsageError(
+                    "UL1244", f"a batch for Kafka has at most {BATCH_MAX} events, and 480 MB",
+                    found=f"{len(events)} events, {size // 1_000_000} MB", fix="publish it in several batches",
+                )  # fmt: skip
+            if self._pending and (
+                len(self._pending) + len(events) > PENDING_MAX or self._bytes + size > PENDING_BYTES_MAX
             ):
                 raise Unavailable(
                     "UL2111", "too many events wait for the Kafka cluster already; nothing was accepted",

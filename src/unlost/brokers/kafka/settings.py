@@ -34,9 +34,9 @@ OURS: dict[str, Any] = {
     "enable.gapless.guarantee": False,
 }
 _OTHER_NAMES = {"request.required.acks": "acks", "delivery.timeout.ms": "message.timeout.ms"}
-_REFUSED = ("transactional.id", "group.id", "bootstrap.servers", "metadata.broker.list", "max.in.flight",
+_REFUSED = ("transactional.id", "group.id", "group.instance.id", "bootstrap.servers", "metadata.broker.list", "max.in.flight",
             "max.in.flight.requests.per.connection", "retries", "message.send.max.retries", "partitioner")  # fmt: skip
-_CONSUMER_ONLY = {"session.timeout.ms", "heartbeat.interval.ms", "group.protocol", "group.instance.id",
+_CONSUMER_ONLY = {"session.timeout.ms", "heartbeat.interval.ms", "group.protocol",
                   "group.remote.assignor", "max.poll.interval.ms", "fetch.wait.max.ms", "fetch.min.bytes",
                   "fetch.max.bytes", "queued.min.messages", "queued.max.messages.kbytes",
                   "max.partition.fetch.bytes", "fetch.message.max.bytes", "fetch.error.backoff.ms"}  # fmt: skip

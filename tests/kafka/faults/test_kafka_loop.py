@@ -1,4 +1,4 @@
-"""Scenarios of the loop, each by itself: `pytest tests/kafka/faults/test_kill_loop.py -k zombies`.
+"""Scenarios of the loop, each by itself: `pytest tests/kafka/faults/test_kafka_loop.py -k zombies`.
 
 `KILLS`, `SECONDS` and `SEED` make one longer, or repeat a failure. The seed decides what is done to whom; the machine
 decides what that hits.
