@@ -51,7 +51,7 @@ bench-kafka: $(READY)
 	$(BIN)/python bench/kafka_run.py
 
 prove: $(READY)
-	KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash
+	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash
 	env SECONDS=600 $(BIN)/pytest tests/kafka/faults
 
 clean:
