@@ -1,8 +1,8 @@
 """Publishing: an idempotent producer, and what was handed to it until the cluster has confirmed it.
 
-Who asks the client for its reports? Few events on their way: a thread of ours, which hears of each at once. Many: the
-event loop that publishes, once in each of its turns, since each report that a second thread takes costs a change of
-the interpreter's lock.
+Who asks the client for its reports? The event loop that publishes, in its turns, for as long as they come at once:
+each report that a second thread takes costs two changes of the interpreter's lock. When nothing comes for
+`SPIN_SECONDS`, a thread of ours waits for them; with many on their way the loop goes on asking, now and then.
 
 **Guarantee** an event is reported as accepted only with the cluster's delivery report (all in-sync replicas) in
 hand. Events leave in the order of the calls. When the producer fails for good, a new one takes its place and gets
@@ -41,8 +41,9 @@ CLOSE_SECONDS = 10.0
 RECREATE_SECONDS = 0.5  # between two producers, when each fails at once
 SILENT_SECONDS = 20.0  # after how long without an answer it is said that there is none
 
-BUSY = 16  # from so many events on their way on, the event loop asks for the reports itself
-TURN_SECONDS = 0.001  # between two of its questions, when nothing came
+SPIN_SECONDS = 0.0005  # how long the event loop asks in each of its turns, although nothing comes
+BUSY = 16  # from so many events on their way on, it goes on asking afterwards,
+TURN_SECONDS = 0.001  # once in so long
 STALL_SECONDS = 0.05  # a loop that does not ask for so long is blocked: the thread asks again
 
 Reports = deque[tuple["Sent", "KafkaError | None", int, int]]
@@ -126,6 +127,7 @@ class Publisher:
         self._turning = False  # an event loop has a turn ahead of it (changed under the lock only)
         self._turns = 0  # the number of its chain of turns: what is left of an older one does nothing
         self._turned = 0.0  # when it did so last
+        self._moved = 0.0  # when something was sent or confirmed last
         self._calm = threading.Event()  # the thread asks
         self._calm.set()
         self._producer = self._make()
@@ -169,7 +171,7 @@ class Publisher:
             self._outgoing.extend(events)
             if not self._turning:
                 self._turning = True
-                self._turned = REAL.monotonic()
+                self._turned = self._moved = REAL.monotonic()
                 self._turns += 1
                 call.loop.call_soon(self._turn, call.loop, self._turns)
 
@@ -179,16 +181,25 @@ class Publisher:
         with self._lock:
             if chain != self._turns:
                 return  # we came late, and somebody else has it
-            self._turned = REAL.monotonic()
-            self._hand_over()
-            if len(self._pending) < BUSY or self._fatal is not None or self._closed:
+            now = self._turned = REAL.monotonic()
+            if self._outgoing:
+                self._hand_over()
+                self._moved = now
+            spins = now - self._moved < SPIN_SECONDS
+            if not self._pending or self._fatal is not None or self._closed:
                 self._turning = False
-                self._calm.set()
+                return
+            if not spins and len(self._pending) < BUSY:
+                self._turning = False
+                self._calm.set()  # the thread waits for the rest
                 return
             self._calm.clear()
         self._poll(0)
         if self.reports:
+            self._moved = now
             self._take_reports(loop)
+            loop.call_soon(self._turn, loop, chain)
+        elif spins:
             loop.call_soon(self._turn, loop, chain)
         else:
             loop.call_later(TURN_SECONDS, self._turn, loop, chain)
@@ -264,7 +275,8 @@ class Publisher:
 
     def _run(self) -> None:
         while True:
-            if not self._calm.wait(STALL_SECONDS) and REAL.monotonic() - self._turned < STALL_SECONDS:
+            parked = not self._calm.wait(STALL_SECONDS)
+            if parked and self._turning and REAL.monotonic() - self._turned < STALL_SECONDS:
                 self._say_if_silent()
                 continue
             self._take_over()
