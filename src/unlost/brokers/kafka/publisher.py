@@ -1,8 +1,8 @@
 """Publishing: an idempotent producer, and what was handed to it until the cluster has confirmed it.
 
-Who asks the client for its reports? The event loop that publishes, in its turns, for as long as they come at once:
-each report that a second thread takes costs two changes of the interpreter's lock. When nothing comes for
-`SPIN_SECONDS`, a thread of ours waits for them; with many on their way the loop goes on asking, now and then.
+Who asks the client for its reports? A thread of ours, when they are few and far between. While they come at once, the
+event loop that publishes, in its own turns: each report that a second thread takes costs two changes of the
+interpreter's lock. (Asking in a loop after a rest would be slower: it keeps a processor from those who must wake up.)
 
 **Guarantee** an event is reported as accepted only with the cluster's delivery report (all in-sync replicas) in
 hand. Events leave in the order of the calls. When the producer fails for good, a new one takes its place and gets
@@ -41,7 +41,9 @@ CLOSE_SECONDS = 10.0
 RECREATE_SECONDS = 0.5  # between two producers, when each fails at once
 SILENT_SECONDS = 20.0  # after how long without an answer it is said that there is none
 
-SPIN_SECONDS = 0.0005  # how long the event loop asks in each of its turns, although nothing comes
+HOT_SECONDS = 0.001  # an event that is sent so soon after the last report finds everybody awake
+SPIN_SECONDS = 0.0005  # how long the event loop then asks in each of its turns, although nothing comes
+PARK_SECONDS = 0.002  # when no event loop has asked for so long, the thread does
 BUSY = 16  # from so many events on their way on, it goes on asking afterwards,
 TURN_SECONDS = 0.001  # once in so long
 STALL_SECONDS = 0.05  # a loop that does not ask for so long is blocked: the thread asks again
@@ -120,7 +122,7 @@ class Publisher:
         self._fatal: KafkaError | None = None
         self._refused = False  # the producer was not let in; there is none until somebody publishes
         self._trouble = ""
-        self._answered = REAL.monotonic()
+        self._answered = self._asked = REAL.monotonic()  # the last report; when something began to wait for one
         self._warned = 0.0
         self.reports: Reports = deque()
         self._outgoing: list[Sent] = []  # pending, and not handed to the client yet
@@ -128,6 +130,7 @@ class Publisher:
         self._turns = 0  # the number of its chain of turns: what is left of an older one does nothing
         self._turned = 0.0  # when it did so last
         self._moved = 0.0  # when something was sent or confirmed last
+        self._hot = False
         self._calm = threading.Event()  # the thread asks
         self._calm.set()
         self._producer = self._make()
@@ -160,7 +163,7 @@ class Publisher:
                     fix="publish more slowly, or see why the cluster does not answer",
                 )  # fmt: skip
             if not self._pending:
-                self._answered = REAL.monotonic()
+                self._asked = REAL.monotonic()
             if self._refused:
                 self._producer, self._refused = self._make(), False
             self._bytes += size
@@ -172,6 +175,7 @@ class Publisher:
             if not self._turning:
                 self._turning = True
                 self._turned = self._moved = REAL.monotonic()
+                self._hot = self._moved - self._answered < HOT_SECONDS
                 self._turns += 1
                 call.loop.call_soon(self._turn, call.loop, self._turns)
 
@@ -185,7 +189,7 @@ class Publisher:
             if self._outgoing:
                 self._hand_over()
                 self._moved = now
-            spins = now - self._moved < SPIN_SECONDS
+            spins = self._hot and now - self._moved < SPIN_SECONDS
             if not self._pending or self._fatal is not None or self._closed:
                 self._turning = False
                 return
@@ -196,7 +200,7 @@ class Publisher:
             self._calm.clear()
         self._poll(0)
         if self.reports:
-            self._moved = now
+            self._moved, self._hot = now, True
             self._take_reports(loop)
             loop.call_soon(self._turn, loop, chain)
         elif spins:
@@ -275,17 +279,19 @@ class Publisher:
 
     def _run(self) -> None:
         while True:
-            parked = not self._calm.wait(STALL_SECONDS)
-            if parked and self._turning and REAL.monotonic() - self._turned < STALL_SECONDS:
-                self._say_if_silent()
-                continue
+            if not self._calm.wait(PARK_SECONDS):
+                rested = REAL.monotonic() - self._turned
+                if rested < (STALL_SECONDS if self._turning else PARK_SECONDS):
+                    self._say_if_silent()
+                    continue
+                self._calm.set()
             self._take_over()
             self._poll(POLL_SECONDS if self._calm.is_set() else 0)
             if self._fatal is not None:
                 self._replace(self._fatal)
             if self.reports:
                 self._take_reports()
-            elif self._closed and (not self._pending or REAL.monotonic() - self._answered > CLOSE_SECONDS):
+            elif self._closed and (not self._pending or self._silent() > CLOSE_SECONDS):
                 return
             self._say_if_silent()
 
@@ -378,13 +384,17 @@ class Publisher:
             return
         self._trouble = error.str()
 
+    def _silent(self) -> float:
+        """For how many seconds there has been no report of what waits for one."""
+        return REAL.monotonic() - max(self._answered, self._asked)
+
     def _say_if_silent(self) -> None:
         now = REAL.monotonic()
-        if self._pending and now - self._answered > SILENT_SECONDS and now - self._warned > SILENT_SECONDS:
+        if self._pending and self._silent() > SILENT_SECONDS and now - self._warned > SILENT_SECONDS:
             self._warned = now
             log.error(
                 "no answer of the Kafka cluster for %d s; %d events wait for it: %s",
-                now - self._answered, len(self._pending), self._trouble or "no reason is known",
+                self._silent(), len(self._pending), self._trouble or "no reason is known",
             )  # fmt: skip
 
     def _tell(self, answers: Sequence[tuple[Sent, UnlostError | None, Receipt | None]]) -> None:
