@@ -144,10 +144,10 @@ def test_a_good_cluster_is_in_order_and_every_check_says_so() -> None:
 def test_client_and_way() -> None:
     red(check(facts(library=("2.13.1", 0x020D01FF))), "UL4001", "error")
     red(
-        check(facts(), "kafka://b1?security.protocol=SSL&group.instance.id=me"),
+        check(facts(), "kafka://b1?security.protocol=SSL&ssl.endpoint.identification.algorithm=none"),
         "UL4002",
         "warning",
-        "group.instance.id",
+        "ssl.endpoint.identification.algorithm",
     )
     red(check(facts(), "kafka://b1?test.mock.num.brokers=3"), "UL4002", "error")
     red(check(facts(), "kafka://b1?enable.ssl.certificate.verification=false"), "UL4002", "warning")

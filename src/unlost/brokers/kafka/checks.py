@@ -54,10 +54,6 @@ def _options(facts: Facts, settings: Settings, ours: Ours) -> Iterator[Finding]:
         found.append(
             "ssl.endpoint.identification.algorithm=none: any certificate of the authority is taken for the cluster's"
         )
-    if "group.instance.id" in options:
-        found.append(
-            "group.instance.id: all processes and services with this URL share one id, and throw each other out"
-        )
     if "test.mock.num.brokers" in options:
         found.append("test.mock.num.brokers: a pretended cluster inside the client; nothing is kept")
     for text in found:
