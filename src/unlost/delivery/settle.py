@@ -46,10 +46,7 @@ class Settler:
     @property
     def full(self) -> bool:
         """Whether runners should wait in `room`."""
-        if self._waiting < BUFFER_MAX:
-            return False
-        self._room.clear()
-        return True
+        return self._waiting >= BUFFER_MAX
 
     def put(self, owned: Owned, outcome: Outcome | Gap) -> int:
         """Takes an outcome, or positions that hold no event; the number is for `flush`."""
@@ -65,11 +62,7 @@ class Settler:
         plain.positions.append(position)
         plain.digest ^= event_hash
         plain.size += size
-        self._put += 1
-        self._waiting += 1
-        if self._waiting == 1:
-            self._work.set()
-        return self._put
+        return self._count()
 
     def _count(self) -> int:
         if not self._waiting:
@@ -79,7 +72,9 @@ class Settler:
         return self._put
 
     async def room(self) -> None:
-        await self._room.wait()
+        while self.full:
+            self._room.clear()
+            await self._room.wait()
 
     async def flush(self, number: int | None = None) -> None:
         """Returns when everything that was put (up to `number`) is durable, or was fenced."""

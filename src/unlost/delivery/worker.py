@@ -666,8 +666,7 @@ class Worker:
                 self._suspicion.pass_on()
             count += 1
             if count % YIELD_EVERY == 0:
-                if self._settler.full:
-                    await self._settler.room()
+                await self._settler.room()
                 await asyncio.sleep(0)
 
     def _choose(self) -> Lane | None:

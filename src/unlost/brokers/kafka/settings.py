@@ -39,7 +39,7 @@ _REFUSED = ("transactional.id", "group.id", "group.instance.id", "bootstrap.serv
 _CONSUMER_ONLY = {"session.timeout.ms", "heartbeat.interval.ms", "group.protocol",
                   "group.remote.assignor", "max.poll.interval.ms", "fetch.wait.max.ms", "fetch.min.bytes",
                   "fetch.max.bytes", "queued.min.messages", "queued.max.messages.kbytes",
-                  "max.partition.fetch.bytes", "fetch.message.max.bytes", "fetch.error.backoff.ms"}  # fmt: skip
+                  "max.partition.fetch.bytes", "fetch.message.max.bytes", "fetch.error.backoff.ms", "fetch.queue.backoff.ms"}  # fmt: skip
 _PRODUCER_ONLY = {"linger.ms", "queue.buffering.max.ms", "batch.size", "batch.num.messages", "compression.type",
                   "compression.codec", "compression.level", "queue.buffering.max.messages",
                   "queue.buffering.max.kbytes", "sticky.partitioning.linger.ms"}  # fmt: skip
