@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import signal
@@ -17,10 +16,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import apsw
-
 from unlost import config
-from unlost.brokers.connect import connect, is_kafka, store_path
+from unlost.brokers.connect import connect, is_kafka
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
 from unlost.delivery.mirror import Mirror, MirrorRelay, check_template
@@ -33,10 +30,8 @@ from unlost.events import Envelope, Event, check_name, seal
 from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
-from unlost.sqlite.transaction import Transaction
-from unlost.store.outbox import SqliteOutbox
+from unlost.store.connect import is_postgres, postgres, store_beside, store_path
 from unlost.store.port import Store
-from unlost.store.sqlite import store_beside
 from unlost.world import REAL, Deadlines, World
 
 log = logging.getLogger("unlost.app")
@@ -127,7 +122,7 @@ class App:
     async def __aenter__(self) -> App:
         """Connects; runs no service."""
         async with self._gate():
-            if self._file is None:
+            if self._store is None:
                 await self._connect()
             self._entered += 1
         return self
@@ -151,15 +146,18 @@ class App:
     async def _connect(self) -> None:
         self.url = config.setting("broker", code=self.broker_url).value
         store_url = config.setting("store", code=self.store_url).value
-        if store_url and store_url != self.url and self.url.startswith("embedded:"):
+        elsewhere = is_postgres(store_url)
+        if store_url and store_url != self.url and self.url.startswith("embedded:") and not elsewhere:
             raise UsageError(
-                "UL1233", "the embedded broker keeps everything in its own file", found=f"store {store_url}",
-                fix="leave UNLOST_STORE empty",
+                "UL1233", "the embedded broker keeps everything in its own file, or in PostgreSQL",
+                found=f"store {config.hide_secrets(store_url)}", fix="leave UNLOST_STORE empty, or postgresql://…",
             )  # fmt: skip
-        broker, file = await asyncio.to_thread(connect, self.url, world=self.world)
+        settings = postgres(store_url) if elsewhere else None
+        broker, file = await asyncio.to_thread(connect, self.url, world=self.world, store_elsewhere=elsewhere)
+        store: Store | None = None
         try:
             await broker.open()
-            if file is None:
+            if file is None and settings is None:
                 file = await asyncio.to_thread(File, store_path(store_url), world=self.world)
             infos = await self._declare(broker)
             if SURVIVES_ORDER.index(broker.abilities.survives) < SURVIVES_ORDER.index(self._survives):
@@ -170,7 +168,14 @@ class App:
                 )  # fmt: skip
             log_here = broker.abilities.commits_with_store
             mirror = None if self._mirror_dead is None else Mirror(self._mirror_dead, broker, self.services)
-            store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
+            if settings is not None:
+                from unlost.store.postgres.store import PostgresStore
+
+                store = PostgresStore(settings, broker=broker.identity, mirror=mirror, world=self.world)
+            else:
+                assert file is not None
+                store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
+            await store.open()
             for service in self.services:
                 retained = [
                     t for t in sorted(service.topics) if t in self.topics and self.topics[t].retention is not None
@@ -178,9 +183,11 @@ class App:
                 policy = {"on_dead": service.on_dead, "topics": len(service.topics), "retained": retained}
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
             if self._schema:
-                await _apply_schema(file, self._schema)
+                await store.prepare(self._schema)
         except BaseException:
             await broker.close()
+            if store is not None:
+                await store.close()
             if file is not None:
                 await asyncio.to_thread(file.close)
             raise
@@ -199,15 +206,18 @@ class App:
 
     async def _disconnect(self) -> None:
         file, self._file = self._file, None
+        store, self._store = self._store, None
         if self._broker is not None:
             await self._broker.close()
-        self._broker = self._store = self._loop = None
+        if store is not None:
+            await store.close()
+        self._broker = self._loop = None
         if file is not None:
             await asyncio.to_thread(file.close)
 
     @property
     def file(self) -> File:
-        """The embedded file, while connected."""
+        """The embedded file (or that of the store beside another broker), while connected."""
         if self._file is None:
             raise _not_connected()
         return self._file
@@ -342,7 +352,7 @@ class App:
             tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
             stop = asyncio.create_task(self._stop.wait())
             broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.file.on_broken = _report_to(broken)
+            self.store.on_broken = _report_to(broken)
             waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
             house = asyncio.create_task(self._keep_house())
             relaying = None if self.broker.abilities.commits_with_store else asyncio.create_task(self._relay())
@@ -361,13 +371,14 @@ class App:
                     tasks.append(relaying)
                 ended = await asyncio.gather(*tasks, return_exceptions=True)
                 self._workers = []
-            for error in (*ended, self.file.broken):
+            for error in (*ended, self.store.broken):
                 if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
                     raise error
 
     async def _relay(self) -> None:
         """Empties the outbox, as long as the services run and no other process does it; then once more."""
-        outbox, copies = SqliteOutbox(self.file), SqliteOutbox(self.file)
+        outbox, copies = self.store.outbox(), self.store.copies()
+        assert outbox is not None and copies is not None
         relay, mirrors = Relay(outbox, self.broker), MirrorRelay(copies, self.broker)
         running = [asyncio.create_task(relay.run()), asyncio.create_task(mirrors.run())]
         try:
@@ -381,8 +392,8 @@ class App:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            outbox.close()
-            copies.close()
+            await outbox.close()
+            await copies.close()
             with contextlib.suppress(UnlostError):  # others see that we are gone
                 await outbox.give()
 
@@ -418,10 +429,11 @@ class App:
 
     def _announce(self, services: Sequence[str] | None) -> None:
         names = ", ".join(service.name for service in self.chosen(services))
-        made = " (made just now)" if self.file.created else ""
-        where = f"{self.file.path}{made}"
+        where = self.store.place
         if is_kafka(self.url):
             where = f"{config.hide_secrets(self.url)}, store {where}"
+        elif not self.broker.abilities.commits_with_store:
+            where = f"{self.file.path}, store {where}"
         print(f"unlost: {names} on {where}", file=sys.stderr, flush=True)
 
     def chosen(self, names: Sequence[str] | None = None) -> list[Service]:
@@ -493,29 +505,6 @@ def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:
             loop.call_soon_threadsafe(set_once)
 
     return report
-
-
-async def _apply_schema(file: File, text: str) -> None:
-    """Runs the user's schema when it is new or has changed, under the same limits as any user statement."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-
-    def work(tx: Transaction) -> None:
-        row = tx.one("select value from unlost_meta where name = 'schema'")
-        if row is not None and row[0] == digest:
-            return
-        file.guard.user_code = True
-        try:
-            tx.execute(text)
-        except apsw.Error as e:
-            raise UsageError(
-                "UL1235", "the schema of this App cannot be applied", found=str(e),
-                fix="write `create table if not exists ...`; names that start with unlost_ are taken",
-            ) from e  # fmt: skip
-        finally:
-            file.guard.user_code = False
-        tx.execute("insert or replace into unlost_meta values ('schema', ?)", (digest,))
-
-    await file.write(work)
 
 
 def _schema_text(schema: str | Path | None, module_file: str | None) -> str:

@@ -42,6 +42,10 @@ class UsageError(UnlostError):
     exit_code = 2
 
 
+class Misconfigured(UsageError):
+    """No event could ever be handled like this: the service stops, and every event stays where it is."""
+
+
 class Unavailable(UnlostError):
     """The world said no, and surely nothing was accepted. Retrying is safe."""
 

@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a real Kafka: `pytest_plugins = ["servers.fixtures"]`, or import what you need.
+"""Fixtures for tests that need a real server: `pytest_plugins = ["servers.fixtures"]`, or import what you need.
 
 Without one such tests are skipped, and the reason is shown; where `CI=true` they fail.
 """
@@ -9,13 +9,19 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import pytest
 
+from servers import pgbouncer as pgbouncer_server
+from servers import postgres as postgres_server
 from servers import shared
-from servers.jars import CannotStartError
 from servers.kafka import GIVEN, Kafka, available
+from servers.pgbouncer import PgBouncer
+from servers.postgres import Postgres
+from servers.process import CannotStartError
 
 
 def require_kafka() -> None:
@@ -25,11 +31,38 @@ def require_kafka() -> None:
         missing(f"no Kafka: {reason}")
 
 
+def require_postgres(*, own: bool = False) -> None:
+    """Skip the test, or fail it in CI, where no PostgreSQL can be had; with `own`, where none can be started."""
+    reason = postgres_server.available(own=own)
+    if reason is not None:
+        missing(f"no PostgreSQL: {reason}")
+
+
+def require_pgbouncer() -> None:
+    reason = pgbouncer_server.available()
+    if reason is not None:
+        missing(f"no PgBouncer: {reason}")
+
+
 def missing(reason: str) -> NoReturn:
     """The rule for servers that cannot be had."""
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)
+
+
+@contextmanager
+def _joined(kind: str) -> Iterator[str]:
+    """The address of the server of this kind that all tests share."""
+    joined = shared.join(kind)
+    try:
+        address = joined.__enter__()
+    except CannotStartError as why:
+        missing(str(why))
+    try:
+        yield address
+    finally:
+        joined.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="session")
@@ -39,15 +72,43 @@ def kafka() -> Iterator[Kafka]:
     if os.environ.get(GIVEN):
         yield Kafka.start()
         return
-    try:
-        joined = shared.join()
-        bootstrap = joined.__enter__()
-    except CannotStartError as why:
-        missing(str(why))
-    try:
+    with _joined("kafka") as bootstrap:
         yield Kafka.at(bootstrap, "is shared by all tests; use Kafka.start() to break one")
-    finally:
-        joined.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server, shared by all tests and all processes: use `database`, and start your own to break it."""
+    require_postgres()
+    if os.environ.get(postgres_server.GIVEN):
+        yield Postgres.start()
+        return
+    with _joined("postgres") as url:
+        yield Postgres.at(url, "is shared by all tests; use Postgres.start(own=True) to break one")
+
+
+@pytest.fixture
+def database(postgres: Postgres) -> Iterator[str]:
+    """The URL of a database that is empty, and gone after the test."""
+    url = postgres.fresh()
+    yield url
+    postgres.drop_database(urlsplit(url).path[1:])
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    """A pooler that gives each transaction another connection: `pgbouncer.via(database)`."""
+    require_pgbouncer()
+    with PgBouncer.start(postgres.url()) as bouncer:
+        yield bouncer
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_session(postgres: Postgres) -> Iterator[PgBouncer]:
+    """A pooler that gives each client a connection of its own until it leaves."""
+    require_pgbouncer()
+    with PgBouncer.start(postgres.url(), "session") as bouncer:
+        yield bouncer
 
 
 @pytest.fixture

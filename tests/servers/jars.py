@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from servers.process import CannotStartError
+
 VERSION = "4.3.1"
 POM = Path(__file__).with_name("pom.xml")
 CACHE = Path(__file__).resolve().parent.parent.parent / ".cache" / f"kafka-{VERSION}"
@@ -30,10 +32,6 @@ logger.config.level = warn
 rootLogger.level = ${sys:log.level:-warn}
 rootLogger.appenderRef.out.ref = out
 """
-
-
-class CannotStartError(RuntimeError):
-    """A server cannot be had on this machine; the text says why."""
 
 
 def java() -> str:

@@ -26,8 +26,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from servers import certificates, jars
-from servers.jars import CannotStartError
-from servers.process import Child, Folder, free_ports
+from servers.process import CannotStartError, Child, Folder, free_ports
 from servers.proxy import Proxy
 
 GIVEN = "UNLOST_TEST_KAFKA"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pwd
 import random
 import shutil
 import signal
@@ -11,15 +12,20 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 # The shell is the parent of the server and waits for it; its helper waits for the end of standard input, which comes
-# when the owner closes it or dies, even by kill -9. Nobody signals a process that was already waited for.
+# when the owner closes it or dies, even by kill -9. Nobody signals a process that was already waited for. The server
+# is stopped while its own children are counted, so that it makes no more; they may be stopped already and die too.
 _KEEPER = """
 exec 3<&0
 "$@" >>"$0" 2>&1 </dev/null 3<&- &
 server=$!
-(read -r word <&3; kill -9 $server) >/dev/null 2>&1 &
+(read -r word <&3
+kill -STOP $server
+ps -A -o pid= -o ppid= | while read -r child parent; do [ "$parent" = $server ] && kill -9 "$child"; done
+kill -9 $server) >/dev/null 2>&1 &
 helper=$!
 exec 3<&-
 echo $server
@@ -32,13 +38,17 @@ exit $code
 """
 
 
-class Child:
-    """A running server; its output goes to `log`. It gets SIGKILL when this process ends in any way."""
+class CannotStartError(RuntimeError):
+    """A server cannot be had on this machine; the text says why."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+
+class Child:
+    """A running server; its output goes to `log`. It and its children get SIGKILL when this process ends in any way."""
+
+    def __init__(self, command: list[str], log: Path, folder: Path | None = None) -> None:
         self._keeper = subprocess.Popen(
             ["sh", "-c", _KEEPER, str(log), *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, cwd=folder,
         )  # fmt: skip
         assert self._keeper.stdout is not None
         self.pid = int(self._keeper.stdout.readline())
@@ -71,22 +81,76 @@ class Child:
         self._keeper.stdin.close()
 
 
-class Folder:
-    """A temporary folder. Those whose owner was killed are removed when the next one is made."""
+def children(parent: int) -> list[int]:
+    """The processes a process has started; they stay the same only while it is stopped."""
+    return [pid for pid, of, _ in _processes() if of == parent]
 
-    def __init__(self, prefix: str) -> None:
+
+def wait_stopped(pids: Iterable[int], seconds: float = 30) -> None:
+    """Until each of them is stopped or has ended: a signal is not yet its effect."""
+    _wait_states(set(pids), "TZ", seconds)
+
+
+def wait_ended(pids: Iterable[int], seconds: float = 30) -> None:
+    _wait_states(set(pids), "Z", seconds)
+
+
+def _wait_states(pids: set[int], wanted: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while late := {pid: state for pid, _, state in _processes() if pid in pids and state not in wanted}:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {seconds} s these processes are in another state than {wanted}: {late}")
+        time.sleep(0.01)
+
+
+def _processes() -> list[tuple[int, int, str]]:
+    """The number of every process, that of its parent, and its state: R, S, D, T (stopped), Z (ended), …"""
+    done = subprocess.run(["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "stat="], capture_output=True, text=True)
+    rows = (line.split() for line in done.stdout.splitlines())
+    return [(int(pid), int(parent), state[0]) for pid, parent, state in rows]
+
+
+def unprivileged() -> pwd.struct_passwd | None:
+    """The user for servers that refuse to run as root, or None where this process is not root."""
+    if os.geteuid():
+        return None
+    if not shutil.which("setpriv"):
+        raise CannotStartError("it does not run as root, and setpriv is missing: run the tests as another user")
+    try:
+        return pwd.getpwnam("postgres")
+    except KeyError:
+        why = "it does not run as root, and there is no user postgres: make it, or run the tests as another user"
+        raise CannotStartError(why) from None
+
+
+def as_user(user: pwd.struct_passwd | None, command: list[str]) -> list[str]:
+    """The command that becomes this user first; the process stays the same one."""
+    if user is None:
+        return command
+    return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", *command]
+
+
+class Folder:
+    """A temporary folder. Those whose owner was killed are removed when the next one is made.
+
+    `forget` comes before a folder goes, to remove what a server has left elsewhere.
+    """
+
+    def __init__(self, prefix: str, forget: Callable[[Path], None] = lambda _: None) -> None:
         for old in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            _sweep(old)
+            _sweep(old, forget)
+        self._forget = forget
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
         self._lock = os.open(self.path / "owner", os.O_CREAT | os.O_RDWR, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     def remove(self) -> None:
+        self._forget(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, forget: Callable[[Path], None]) -> None:
     try:
         owner = folder / "owner"
         if time.time() - owner.stat().st_mtime < 60:
@@ -96,6 +160,7 @@ def _sweep(folder: Path) -> None:
         return  # not ours, or somebody else is faster
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        forget(folder)
         shutil.rmtree(folder, ignore_errors=True)
     except BlockingIOError:
         pass  # its owner lives

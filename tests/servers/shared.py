@@ -1,6 +1,6 @@
-"""One broker for all test processes of this user: whoever comes first has it started, and it ends after the last.
+"""One server of a kind for all test processes of this user: the first has it started, and it ends after the last.
 
-Each process holds a shared lock for as long as it uses the broker. The kernel lets go of it however the process ends;
+Each process holds a shared lock for as long as it uses the server. The kernel lets go of it however the process ends;
 when the keeper can have the lock for itself alone, nobody is left.
 """
 
@@ -12,36 +12,65 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from servers import jars
+from servers import jars, postgres
 from servers.kafka import Kafka
+from servers.postgres import Postgres
+from servers.process import CannotStartError
 
 START_SECONDS = 180
-PLACE = Path(tempfile.gettempdir()) / f"unlost-shared-kafka-{jars.VERSION}-{os.getuid()}"
 
 
 @contextmanager
-def join(place: Path = PLACE) -> Iterator[str]:
-    """The bootstrap servers of the shared broker, which lives at least as long as this block."""
+def _kafka() -> Iterator[str]:
+    with Kafka.start() as server:
+        yield server.bootstrap
+
+
+@contextmanager
+def _postgres() -> Iterator[str]:
+    with Postgres.start(own=True) as server:
+        yield server.url()
+
+
+class Kind(NamedTuple):
+    """A server that can be shared: what tells old ones from new ones, and how one runs and where."""
+
+    version: Callable[[], object]
+    run: Callable[[], AbstractContextManager[str]]
+
+
+KINDS = {
+    "kafka": Kind(lambda: jars.VERSION, _kafka),
+    "postgres": Kind(postgres.version, _postgres),
+}
+
+
+@contextmanager
+def join(kind: str, place: Path | None = None) -> Iterator[str]:
+    """The address of the shared server of this kind, which lives at least as long as this block."""
+    if place is None:
+        place = Path(tempfile.gettempdir()) / f"unlost-shared-{kind}-{KINDS[kind].version()}-{os.getuid()}"
     place.mkdir(mode=0o700, exist_ok=True)
     with (place / "starting").open("w") as starting, (place / "users").open("w") as users:
         fcntl.flock(starting, fcntl.LOCK_EX)
         fcntl.flock(users, fcntl.LOCK_SH)  # waits while a keeper is about to leave
         if not _keeper_lives(place):
-            _start_keeper(place)
-        bootstrap = (place / "bootstrap").read_text()
+            _start_keeper(kind, place)
+        address = (place / "address").read_text()
         fcntl.flock(starting, fcntl.LOCK_UN)
-        yield bootstrap
+        yield address
 
 
 def _keeper_lives(place: Path) -> bool:
-    if not (place / "bootstrap").exists():
+    if not (place / "address").exists():
         return False
     with (place / "keeper").open("a") as lock:
         try:
@@ -51,32 +80,32 @@ def _keeper_lives(place: Path) -> bool:
     return False
 
 
-def _start_keeper(place: Path) -> None:
-    (place / "bootstrap").unlink(missing_ok=True)
+def _start_keeper(kind: str, place: Path) -> None:
+    (place / "address").unlink(missing_ok=True)
     with (place / "log").open("w") as log:
         keeper = subprocess.Popen(
-            [sys.executable, __file__, str(place)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            [sys.executable, __file__, kind, str(place)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + START_SECONDS
-    while not (place / "bootstrap").exists():
+    while not (place / "address").exists():
         if keeper.poll() is not None or time.monotonic() > deadline:
-            raise jars.CannotStartError(f"the shared Kafka did not start\n{(place / 'log').read_text()[-4000:]}")
+            raise CannotStartError(f"the shared {kind} did not start\n{(place / 'log').read_text()[-4000:]}")
         time.sleep(0.05)
     keeper.returncode = 0  # it outlives this process and nobody waits for it; Popen would warn about that
 
 
-def keep(place: Path) -> None:
-    """Run the broker until nobody uses it."""
+def keep(kind: str, place: Path) -> None:
+    """Run the server until nobody uses it."""
     with (place / "keeper").open("a") as alive, (place / "users").open("a") as users:
         fcntl.flock(alive, fcntl.LOCK_EX)
-        with Kafka.start() as kafka:
-            fresh = place / "bootstrap.new"
-            fresh.write_text(kafka.bootstrap)
-            fresh.rename(place / "bootstrap")
+        with KINDS[kind].run() as address:
+            fresh = place / "address.new"
+            fresh.write_text(address)
+            fresh.rename(place / "address")
             while not _nobody_left(users):
                 time.sleep(0.5)
-            (place / "bootstrap").unlink()
+            (place / "address").unlink()
             fcntl.flock(users, fcntl.LOCK_UN)  # only now may the next one look whether there is a keeper
 
 
@@ -89,4 +118,4 @@ def _nobody_left(users: object) -> bool:
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]))
+    keep(sys.argv[1], Path(sys.argv[2]))

@@ -194,7 +194,7 @@ def test_a_newer_format_is_refused(path: Path) -> None:
 def test_an_older_format_is_brought_up_to_date(path: Path) -> None:
     make(path, 3)
     db = sqlite3.connect(path)
-    for table in ("unlost_gap", "unlost_outbox", "unlost_relay"):
+    for table in ("unlost_gap", "unlost_outbox", "unlost_relay", "unlost_follower"):
         db.execute(f"drop table {table}")
     db.execute("pragma user_version = 1")
     db.commit()

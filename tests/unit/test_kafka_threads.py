@@ -30,7 +30,8 @@ from unlost.events import seal
 from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.store.port import Outcome, Settlement
-from unlost.store.sqlite import SqliteStore, store_beside
+from unlost.store.connect import store_beside
+from unlost.store.sqlite import SqliteStore
 
 SETTINGS = parse("kafka://nowhere:1")
 UNIT = Unit("bill", "orders", 0)

@@ -11,7 +11,7 @@ from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.brokers.embedded.doctor import EmbeddedDoctor
 from unlost.brokers.findings import Examiner
 from unlost.brokers.port import Broker, Log
-from unlost.config import default_path, hide_secrets
+from unlost.config import hide_secrets
 from unlost.errors import UsageError
 from unlost.events.topic import Decoder
 from unlost.sqlite.file import File
@@ -47,8 +47,10 @@ def embedded_path(url: str) -> Path:
     return Path(path)
 
 
-def connect(url: str, *, world: World = REAL) -> tuple[Broker, File | None]:
+def connect(url: str, *, world: World = REAL, store_elsewhere: bool = False) -> tuple[Broker, File | None]:
     """The broker behind a URL, not yet opened, and its file if it is the embedded one. Blocks.
+
+    `store_elsewhere`: the store is not in the embedded broker's file.
 
     Raises:
         UsageError: the URL means nothing here, or the broker's driver is not installed.
@@ -56,7 +58,7 @@ def connect(url: str, *, world: World = REAL) -> tuple[Broker, File | None]:
     if is_kafka(url):
         return kafka(url), None
     file = File(embedded_path(url), world=world)
-    return EmbeddedBroker(file), file
+    return EmbeddedBroker(file, store_elsewhere=store_elsewhere), file
 
 
 def is_kafka(url: str) -> bool:
@@ -121,17 +123,3 @@ def _driver(*, old: bool = False) -> Callable[[str], Settings]:
     from unlost.brokers.kafka.settings import parse
 
     return parse
-
-
-def store_path(url: str) -> Path:
-    """The file of a store that stands beside a broker: `embedded:///path/store.db`; empty: beside pyproject.toml."""
-    if not url:
-        return default_path().with_name("store.db")
-    scheme = url.partition(":")[0]
-    if scheme in ("postgresql", "postgres"):
-        raise UsageError(
-            "UL1140",
-            f"this release has no store for {scheme}://",
-            fix="UNLOST_STORE=embedded:///path/store.db, or leave it empty",
-        )
-    return embedded_path(url)

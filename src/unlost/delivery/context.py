@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar, overload
 
 from unlost.errors import UsageError
 from unlost.events import Envelope, Event, derived_id, encode_head, seal
-from unlost.store.port import Block
+from unlost.store.port import Block, Settlement, SyncBlock
 
 in_block: ContextVar[bool] = ContextVar("unlost_in_block", default=False)
-
-BLOCK_SECONDS = 0.25
 
 
 class AlreadyHandled(BaseException):
@@ -31,13 +29,20 @@ class Unit(Protocol):
     async def before_block(self) -> None:
         """Returns when the key's earlier outcomes are durable: a block's commit must not overtake them."""
 
-    def open_block(
-        self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
-    ) -> Block: ...
+    def block(self, session: object) -> Block: ...
 
-    def enter_block(self, block: Block) -> None: ...
+    def sync_block(self, session: object) -> SyncBlock: ...
 
-    def finish_block(self, block: Block, publishes: list[Envelope]) -> None: ...
+    async def begin(self, block: Block) -> None:
+        """Raises `AlreadyHandled` for a duplicate."""
+
+    def begin_sync(self, block: SyncBlock) -> None: ...
+
+    def outcome(self, publishes: list[Envelope]) -> Settlement:
+        """The delivery's end, as it stands in the block's commit."""
+
+
+S = TypeVar("S")
 
 
 class Context:
@@ -58,8 +63,8 @@ class Context:
         self._closed = ""
         self._lock = threading.Lock()
         self.loop = asyncio.get_running_loop()
-        self.transaction_used: TransactionBlock | None = None
-        self.waits_for_file = False  # for its turn to write: what that takes is not the handler's fault
+        self.transaction_used: TransactionBlock[Any, Any] | None = None
+        self.waits_for_store = False  # for its turn to write: what that takes is not the handler's fault
 
     @property
     def id(self) -> str:
@@ -104,24 +109,27 @@ class Context:
             self._unit.check(envelope)
             self._published.append(envelope)
 
-    def transaction(self, session: object = None) -> TransactionBlock:
+    @overload
+    def transaction(self) -> TransactionBlock[AsyncDb, Db]: ...
+
+    @overload
+    def transaction(self, session: S) -> TransactionBlock[S, S]: ...
+
+    def transaction(self, session: object = None) -> TransactionBlock[Any, Any]:
         """The final step of a handler: its own rows, its events and the mark "handled" in one commit.
 
-        `async with ctx.transaction() as db:` (in a sync handler `with`); inside, await nothing but `db`. The block
-        must end within 250 ms, else it is rolled back and the event is tried again.
+        `async with ctx.transaction() as db:` (in a sync handler `with`); inside, await nothing but `db`. Without an
+        argument your tables live in the store's database. With your own connection or session to that database
+        (psycopg, SQLAlchemy, Django), what you do with it is the transaction; the block begins and commits it. In the
+        embedded file the block must end within 250 ms, else it is rolled back and the event is tried again.
 
         **Guarantee** when the block has ended, all of it is durable, and the event will not be handled again.
         **After a crash** before that, none of it happened.
         """
-        if session is not None:
-            raise UsageError(
-                "UL1220", "a transaction on your own database session is not in this release",
-                fix="use ctx.transaction() without an argument: your tables live in the file of unlost",
-            )  # fmt: skip
         self._check_open("a transaction")
         if self.transaction_used is not None:
             raise UsageError("UL1221", "a delivery has one transaction block", fix="put both parts into one block")
-        self.transaction_used = TransactionBlock(self, self._unit)
+        self.transaction_used = TransactionBlock(self, self._unit, session)
         return self.transaction_used
 
     def close(self, why: str) -> None:
@@ -154,11 +162,11 @@ class Context:
 class Db:
     """The user's tables in the open block, for sync handlers."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: SyncBlock) -> None:
         self._block = block
 
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
-        """Runs one statement and returns its rows."""
+        """Runs one statement (placeholders `?`) and returns its rows."""
         return self._block.execute(sql, bindings)
 
 
@@ -169,140 +177,99 @@ class AsyncDb:
         self._block = block
 
     async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
-        """Runs one statement and returns its rows."""
-        return self._block.execute(sql, bindings)
+        """Runs one statement (placeholders `?`) and returns its rows."""
+        return await self._block.execute(sql, bindings)
 
 
-class TransactionBlock:
-    """`ctx.transaction()`. `outcome` is None until the commit was asked for."""
+A = TypeVar("A")
+B = TypeVar("B")
 
-    def __init__(self, ctx: Context, unit: Unit) -> None:
+
+class TransactionBlock(Generic[A, B]):
+    """`ctx.transaction()`. What came of its commit is known from the moment on when it was asked for (`finished`)."""
+
+    def __init__(self, ctx: Context, unit: Unit, session: object) -> None:
         self._ctx = ctx
         self._unit = unit
+        self._session = session
         self._block: Block | None = None
+        self._sync: SyncBlock | None = None
         self._token: Any = None
-        self.finished = False
         self._before = 0  # how many events were published before the block
-        self.error: BaseException | None = None
-        self.durable = threading.Event()
-        self._committed: asyncio.Future[None] | None = None
+        self.finished = False
+
+    @property
+    def settles(self) -> bool:
+        """Whether its commit held the position as well."""
+        block = self._block or self._sync
+        return block is not None and block.settles
 
     # async
 
-    async def __aenter__(self) -> AsyncDb:
-        loop = asyncio.get_running_loop()
-        self._ctx.waits_for_file = True
+    async def __aenter__(self) -> A:
+        block = self._unit.block(self._session)
+        self._ctx.waits_for_store = True
         await self._unit.before_block()
-        opened: asyncio.Future[None] = loop.create_future()
-        self._committed = loop.create_future()
-        block = self._unit.open_block(
-            lambda error: _call(loop, _set, opened, error), lambda error: _call(loop, self._done, error)
-        )
+        await self._unit.begin(block)
+        self._ctx.waits_for_store = False
         self._block = block
-        try:
-            await opened
-            self._ctx.waits_for_file = False
-            self._unit.enter_block(block)
-        except BaseException:
-            block.abort()
-            raise
-        self._token = in_block.set(True)
-        self._before = len(self._ctx.published)
-        return AsyncDb(block)
+        self._opened()
+        return AsyncDb(block) if self._session is None else self._session  # type: ignore[return-value]
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         in_block.reset(self._token)
-        assert self._block is not None
+        block = self._block
+        assert block is not None
         if error is not None:
-            self._roll_back(self._block)
+            del self._ctx.published[self._before :]  # events of the block go with its rows
+            await block.abort()
             return
-        self._finish(self._block)
-        assert self._committed is not None
-        await asyncio.shield(self._committed)
+        try:
+            end = self._unit.outcome(self._ctx.published)
+            self._ctx.close_to_commit()
+        except BaseException:
+            await block.abort()
+            raise
+        await block.finish(end)
 
     # sync, in a handler's thread
 
-    def __enter__(self) -> Db:
-        self._ctx.waits_for_file = True
+    def __enter__(self) -> B:
+        block = self._unit.sync_block(self._session)
+        self._ctx.waits_for_store = True
         asyncio.run_coroutine_threadsafe(self._unit.before_block(), self._ctx.loop).result()
-        opened = threading.Event()
-        errors: list[BaseException | None] = []
-
-        def wake(error: BaseException | None) -> None:
-            errors.append(error)
-            opened.set()
-
-        block = self._block = self._unit.open_block(wake, self._done)
-        opened.wait()
-        self._ctx.waits_for_file = False
-        if errors[0] is not None:
-            raise errors[0]
-        try:
-            self._unit.enter_block(block)
-        except BaseException:
-            block.abort()
-            raise
-        self._token = in_block.set(True)
-        self._before = len(self._ctx.published)
-        return Db(block)
+        self._unit.begin_sync(block)
+        self._ctx.waits_for_store = False
+        self._sync = block
+        self._opened()
+        return Db(block) if self._session is None else self._session  # type: ignore[return-value]
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         in_block.reset(self._token)
-        assert self._block is not None
+        block = self._sync
+        assert block is not None
         if error is not None:
-            self._roll_back(self._block)
-            return
-        self._finish(self._block)
-        self.durable.wait()
-        if self.error is not None:
-            raise self.error
-
-    def _roll_back(self, block: Block) -> None:
-        block.abort()
-        del self._ctx.published[self._before :]  # events of the block go with its rows
-
-    def _finish(self, block: Block) -> None:
-        try:
-            self._ctx.close_to_commit()
-            self._unit.finish_block(block, self._ctx.published)
-        except BaseException as e:
+            del self._ctx.published[self._before :]
             block.abort()
-            self._done(e)
+            return
+        try:
+            end = self._unit.outcome(self._ctx.published)
+            self._ctx.close_to_commit()
+        except BaseException:
+            block.abort()
             raise
+        block.finish(end)
+
+    def _opened(self) -> None:
+        self._token = in_block.set(True)
+        self._before = len(self._ctx.published)
 
     async def settled(self) -> BaseException | None:
         """After the handler: waits for the commit that was asked for; None when it is durable."""
-        if self._committed is not None:
-            try:
-                await asyncio.shield(self._committed)
-            except asyncio.CancelledError:
-                raise
-            except BaseException as e:
-                return e
-            return None
-        await asyncio.to_thread(self.durable.wait)
-        return self.error
-
-    def _done(self, error: BaseException | None) -> None:
-        self.error = error
-        self.durable.set()
-        if self._committed is not None:
-            _set(self._committed, error)
-            if error is not None:
-                self._committed.exception()  # seen: the worker asks again
-
-
-def _set(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    loop.call_soon_threadsafe(function, *args)
+        if self._block is not None:
+            return await self._block.settled()
+        assert self._sync is not None
+        return await asyncio.to_thread(self._sync.settled)
 
 
 def check_outside_block() -> None:

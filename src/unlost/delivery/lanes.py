@@ -20,7 +20,7 @@ import msgspec
 from unlost.delivery.service import Handler
 from unlost.events import Event
 from unlost.events.topic import Arrival, Unit
-from unlost.store.port import Attempt, Taken
+from unlost.store.port import Attempt, Known, Taken
 
 
 class Delivery(msgspec.Struct, eq=False):
@@ -35,7 +35,7 @@ class Delivery(msgspec.Struct, eq=False):
     size: int
     waited: bool
     suspect: bool
-    seen: int | None = None  # content of an event of the same id in the inbox
+    seen: Known | None = None  # an event of the same id in the inbox
 
     @property
     def position(self) -> int:

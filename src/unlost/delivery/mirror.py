@@ -21,7 +21,7 @@ from unlost.delivery.service import Service
 from unlost.errors import UnlostError, UsageError
 from unlost.events import check_name
 from unlost.events.topic import Unit
-from unlost.store.port import Mirrored, Outbox, Outcome
+from unlost.store.port import Copies, Mirrored, Outcome
 
 log = logging.getLogger("unlost.mirror")
 
@@ -132,8 +132,8 @@ class Mirror:
 class MirrorRelay:
     """Sends the copies of one store, as long as no other process does."""
 
-    def __init__(self, outbox: Outbox, broker: Broker) -> None:
-        self._outbox = outbox
+    def __init__(self, copies: Copies, broker: Broker) -> None:
+        self._copies = copies
         self._broker = broker
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._rest: dict[int, float] = {}  # copies that failed, and when each is tried again
@@ -148,13 +148,13 @@ class MirrorRelay:
         try:
             while True:
                 try:
-                    if not await self._outbox.claim():
+                    if not await self._copies.claim():
                         await asyncio.sleep(CLAIM_SECONDS)
                         continue
                     await self._round()
                 except UnlostError as e:
                     self._say(e)
-                await self._outbox.wait(CLAIM_SECONDS)
+                await self._copies.wait(CLAIM_SECONDS)
         finally:
             for task in self._under_way.values():
                 task.cancel()
@@ -163,11 +163,11 @@ class MirrorRelay:
         """The next page of what is there, and round again: so those that fail for long do not hide the others."""
         if self._sent:
             sent = list(self._sent)
-            await self._outbox.sent(sent)
+            await self._copies.sent(sent)
             self._sent.difference_update(sent)
         if self._after == 0:
             self._news = False
-        rows = await self._outbox.mirrors(self._after, PAGE)
+        rows = await self._copies.page(self._after, PAGE)
         if not rows and self._after == 0:
             self._rest.clear()
         self._after = rows[-1].number if len(rows) == PAGE else 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from unlost.brokers.port import Broker
 from unlost.errors import OutcomeUnknown, PartlyPublished, Unavailable, UnlostError
-from unlost.store.port import Outbox, Unsent
+from unlost.store.port import Lane, Outbox, Unsent
 
 log = logging.getLogger("unlost.relay")
 
@@ -25,11 +25,9 @@ CLAIM_SECONDS = 0.2
 HELD_KEYS_MAX = 1000  # keys with a row that fails; beyond it nothing is sent until one of them succeeds
 SAY_SECONDS = 20.0
 
-Lane = tuple[str, bytes | None]
-
 
 class Relay:
-    """Sends for one store, as long as no other process does."""
+    """Sends what one outbox holds: all of it, or the part that this process has of it."""
 
     def __init__(self, outbox: Outbox, broker: Broker) -> None:
         self._outbox = outbox
@@ -57,20 +55,13 @@ class Relay:
         loop = asyncio.get_running_loop()
         if self._held and loop.time() >= self._look_again:
             self._held.clear()  # each gets another chance, in order
-        after, chosen = 0, list[Unsent]()
-        while not chosen:
-            rows = await self._outbox.unsent(after, BATCH)
-            if not rows:
-                break
-            after = rows[-1].number
-            chosen = [row for row in rows if _lane(row) not in self._held]
+        full = len(self._held) > HELD_KEYS_MAX
+        chosen = [] if full else await self._outbox.next(self._held, BATCH)
         if not chosen:
             if not self._held:
                 self.emptied.set()
             return False
         self.emptied.clear()
-        if len(self._held) > HELD_KEYS_MAX:
-            return False
         sent = await self._send(chosen)
         if sent:
             await self._outbox.sent(sent)
@@ -96,7 +87,7 @@ class Relay:
     async def _send_one_by_one(self, rows: Sequence[Unsent]) -> list[int]:
         sent: list[int] = []
         for row in rows:
-            if _lane(row) not in self._held:
+            if row.lane not in self._held:
                 sent += await self._send([row])
         return sent
 
@@ -104,7 +95,7 @@ class Relay:
         """Holds the lane of a row that was not accepted."""
         if receipt is not None:
             return False
-        self._held.setdefault(_lane(row), row.number)
+        self._held.setdefault(row.lane, row.number)
         self._look_again = asyncio.get_running_loop().time() + AGAIN_SECONDS
         self._say("an event of the outbox was refused; it stays there, and its key waits behind it: %s", error)
         return True
@@ -121,8 +112,3 @@ class Relay:
             async with asyncio.timeout(seconds):
                 self.emptied.clear()
                 await self.emptied.wait()
-
-
-def _lane(row: Unsent) -> Lane:
-    e = row.envelope
-    return (e.topic, e.key if e.key is not None else b"\0unlost keyless %d" % row.number)

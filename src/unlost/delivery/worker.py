@@ -37,10 +37,23 @@ from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.delivery.suspicion import Suspicion
-from unlost.errors import Damaged, Fenced, Unavailable, Undecodable, UnlostError, UsageError
+from unlost.errors import Damaged, Fenced, Misconfigured, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, Event, content_hash, event_hash, key_of, try_decode
 from unlost.events.topic import Arrival, Gap, Unit
-from unlost.store.port import Attempt, Block, Death, Hands, Inbox, Outcome, Settlement, Store, Taken, Waiting
+from unlost.store.port import (
+    Attempt,
+    Block,
+    Death,
+    Hands,
+    Inbox,
+    Known,
+    Outcome,
+    Settlement,
+    Store,
+    SyncBlock,
+    Taken,
+    Waiting,
+)
 from unlost.world import REAL, World
 
 log = logging.getLogger("unlost.worker")
@@ -159,7 +172,9 @@ class Worker:
                 return
             error = failed
         if isinstance(error, AlreadyHandled):
-            fate = self._turned_away_late(d)
+            fate = await self._turned_away_late(d)
+        if isinstance(error, Misconfigured):
+            raise error
         if isinstance(error, Fenced):
             self._on_fenced(d.lane.owned)
             return
@@ -198,18 +213,18 @@ class Worker:
         """Duplicates, and what the handler's own rule does not want."""
         if d.handler.guarantee == "effectively-once":
             inbox = self._inbox(d)
-            content = d.seen if d.seen is not None else self._recall(inbox)
-            if content is not None:
-                return _repeated(inbox, content)
+            known = d.seen if d.seen is not None else self._recall(inbox)
+            if known is not None:
+                return _repeated(inbox, known, d)
         if d.handler.where is not None and not d.handler.where(event):
             return Skip("where")
         return None
 
-    def _turned_away_late(self, d: Delivery) -> Fate | None:
+    async def _turned_away_late(self, d: Delivery) -> Fate | None:
         """The handler's transaction found the id in the inbox: the same event, or another one under a used id?"""
         inbox = self._inbox(d)
-        content = self._store.seen(self.service.name, [inbox]).get((inbox.source, inbox.id))
-        return None if content is None else _repeated(inbox, content)
+        known = (await self._store.seen(self.service.name, [inbox])).get((inbox.source, inbox.id))
+        return None if known is None else _repeated(inbox, known, d)
 
     def _context(self, d: Delivery) -> Context:
         envelope = d.arrival.envelope
@@ -227,6 +242,10 @@ class Worker:
         """Calls the handler; whatever it raises is its outcome. Only our own stopping goes through."""
         handler = d.handler
         args = (event, ctx) if handler.takes_context else (event,)
+        if d.waited or self._suspicion.count:
+            await self._insist(
+                self._store.starting, d.lane.owned.taken, d.position, d.waited, self._suspicion.count > 0
+            )
         run.begin(d, self.world.monotonic(), self._suspicion.count > 0)
         if self.probe is not None:
             self.probe("started", d)
@@ -250,8 +269,8 @@ class Worker:
             if ctx is not None:
                 ctx.close("the service stops")
             raise asyncio.CancelledError  # whatever it made of our cancellation is no attempt
-        if late and ctx is not None and ctx.waits_for_file:
-            error = Unavailable("UL2011", "the deadline passed while the file could not be written", found=str(d))
+        if late and ctx is not None and ctx.waits_for_store:
+            error = Unavailable("UL2011", "the deadline passed while the store could not be written", found=str(d))
         elif late:
             error = HandlerTimeout(f"no result within its deadline of {handler.deadline:g} s")
         if ctx is not None:
@@ -343,7 +362,12 @@ class Worker:
         self._take_from_lane(d)
         if d.handler.guarantee == "effectively-once":
             self._remember(d.lane.owned, self._inbox(d))
-        self._on_durable(d.lane.owned, Outcome(arrival=d.arrival, state="done", waited=d.waited))
+        assert ctx.transaction_used is not None
+        outcome = Outcome(arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited)
+        if ctx.transaction_used.settles:
+            self._on_durable(d.lane.owned, outcome)
+        else:
+            self._put(d.lane, outcome)
 
     def _with_attempt(self, d: Delivery, error: BaseException) -> list[Attempt]:
         return [*d.attempts, Attempt(len(d.attempts) + 1, self.world.now(), describe(error))]
@@ -353,10 +377,10 @@ class Worker:
         assert e is not None
         return Inbox(e.id, e.source, content_hash(e.type, e.data))
 
-    def _recall(self, inbox: Inbox) -> int | None:
+    def _recall(self, inbox: Inbox) -> Known | None:
         """What was handled under a unit that somebody else took may never have been settled: that does not count."""
         owned, content = self._recent.get((inbox.source, inbox.id), (None, None))
-        return None if owned is None or owned.gone else content
+        return None if owned is None or owned.gone or content is None else Known(content)
 
     def _remember(self, owned: Owned, inbox: Inbox) -> None:
         self._recent[inbox.source, inbox.id] = (owned, inbox.content)
@@ -415,7 +439,7 @@ class Worker:
         while True:
             for change in await self._insist(self._member.receive):
                 if isinstance(change, Arrivals):
-                    self._take_in(change)
+                    self._take_in(change, await self._insist(self._seen, change.events))
                 elif isinstance(change, Gone):
                     self._take_gap(change)
                 elif isinstance(change, Assigned):
@@ -468,14 +492,13 @@ class Worker:
             self._member.resume(taken.unit)  # a pause of before, told when the unit was lost already
             self._member.seek(taken.unit, taken.position)
 
-    def _take_in(self, arrivals: Arrivals) -> None:
+    def _take_in(self, arrivals: Arrivals, seen: Mapping[tuple[str, str], Known]) -> None:
         owned = self.owned.get(arrivals.unit)
         if owned is None or owned.gone or owned.draining:
             return
         owned.read = arrivals.events[-1].position + 1
         self._store.received(owned.taken, owned.read)
         fated, fated_end = owned.taken.fated, owned.fated_end
-        seen = self._seen(arrivals.events)
         for arrival in arrivals.events:
             position = arrival.position
             if position < fated_end and position in fated:
@@ -548,7 +571,7 @@ class Worker:
             owned.read = gone.gap.end
             self._store.received(owned.taken, owned.read)
 
-    def _seen(self, arrivals: Iterable[Arrival]) -> dict[tuple[str, str], int]:
+    async def _seen(self, arrivals: Iterable[Arrival]) -> Mapping[tuple[str, str], Known]:
         """Which of these the inbox knows: one look for the whole batch. The settling commit looks again."""
         if not self._once_types:
             return {}
@@ -557,7 +580,7 @@ class Worker:
             for a in arrivals
             if a.envelope is not None and a.envelope.type in self._once_types
         ]
-        return self._store.seen(self.service.name, wanted)
+        return await self._store.seen(self.service.name, wanted)
 
     @functools.cached_property
     def _once_types(self) -> set[str]:
@@ -733,7 +756,7 @@ class Worker:
         if not rows:
             lane.stored = False
             return
-        seen = self._seen(row.arrival for row in rows)
+        seen = await self._seen([row.arrival for row in rows])
         for row in rows:
             d = self._from_waiting(lane, row)
             _mark_seen(d, seen)
@@ -779,6 +802,7 @@ class Worker:
                 self._suspicion.change(-len(cleared))
             owned.in_hand -= len(outcome.positions)
             owned.size -= outcome.size
+            self._believe(owned)
             self._throttle(owned)
             return
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
@@ -793,7 +817,13 @@ class Worker:
             owned.aside += 1 if put_aside else 0
             owned.in_hand -= 1
             owned.size -= outcome.arrival.size
+            self._believe(owned)
         self._throttle(owned)
+
+    def _believe(self, owned: Owned) -> None:
+        """Suspects that were only guessed are believed once all that was received has an outcome."""
+        if owned.taken.guessed and owned.suspects and not owned.in_hand:
+            self._acquit(owned)
 
     def _throttle(self, owned: Owned) -> None:
         """Back-pressure: at a bound the unit pauses, nothing is dropped; well below it, it goes on."""
@@ -912,7 +942,7 @@ class Worker:
             await asyncio.sleep(REQUESTS_SECONDS)
             if self._stopping:
                 continue
-            for request in self._store.requests(self.service.name):
+            for request in await self._insist(self._store.requests, self.service.name):
                 owned = self.owned.get(request.unit)
                 if owned is None or owned.gone or owned.draining:
                     continue
@@ -1082,16 +1112,18 @@ def _check_saved(taken: Taken, saved: Saved | None, store: str) -> None:
         )  # fmt: skip
 
 
-def _mark_seen(d: Delivery, seen: dict[tuple[str, str], int]) -> None:
+def _mark_seen(d: Delivery, seen: Mapping[tuple[str, str], Known]) -> None:
     e = d.arrival.envelope
     if seen and e is not None:
         d.seen = seen.get((e.source, e.id))
 
 
-def _repeated(inbox: Inbox, content: int) -> Fate:
-    """An event whose id was handled before: a duplicate, or (never to be dropped) another event."""
-    if content == inbox.content:
-        return Skip("duplicate")
+def _repeated(inbox: Inbox, known: Known, d: Delivery) -> Fate:
+    """An event whose id was handled before: a duplicate, or (never to be dropped) another event. At the same place it is
+    this very event, whose handler has committed, and which was delivered again because its position was not saved."""
+    if known.content == inbox.content:
+        unit = d.lane.owned.unit
+        return DONE if known.place == (unit.topic, unit.partition, d.position) else Skip("duplicate")
     text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
     return Dead("id_reused", "IdReused", text, "")
 
@@ -1187,18 +1219,28 @@ class _DeliveryUnit:
         if owned.gone:  # then those were dropped; the store may not know yet, for nobody has taken the unit
             raise Fenced("UL2101", f"{owned.unit} is not ours any more", found=f"our epoch was {owned.epoch}")
 
-    def open_block(
-        self, wake: Callable[[BaseException | None], None], committed: Callable[[BaseException | None], None]
-    ) -> Block:
-        return self._worker._store.block(wake, committed)
+    def block(self, session: object) -> Block:
+        return self._worker._store.block(session)
 
-    def enter_block(self, block: Block) -> None:
-        owned, d = self._d.lane.owned, self._d
-        inbox = self._worker._inbox(d) if d.handler.guarantee == "effectively-once" else None
-        if not self._worker._store.enter(block, owned.unit, owned.epoch, inbox):
+    def sync_block(self, session: object) -> SyncBlock:
+        return self._worker._store.sync_block(session)
+
+    async def begin(self, block: Block) -> None:
+        if not await block.begin(*self._entry()):
+            await block.abort()
             raise AlreadyHandled()
 
-    def finish_block(self, block: Block, publishes: list[Envelope]) -> None:
+    def begin_sync(self, block: SyncBlock) -> None:
+        if not block.begin(*self._entry()):
+            block.abort()
+            raise AlreadyHandled()
+
+    def _entry(self) -> tuple[Unit, int, Inbox | None]:
+        owned, d = self._d.lane.owned, self._d
+        once = d.handler.guarantee == "effectively-once"
+        return owned.unit, owned.epoch, self._worker._inbox(d) if once else None
+
+    def outcome(self, publishes: list[Envelope]) -> Settlement:
         d, owned = self._d, self._d.lane.owned
         outcome = Outcome(
             arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, publishes=publishes
@@ -1206,4 +1248,4 @@ class _DeliveryUnit:
         if d.handler.guarantee == "effectively-once":
             outcome.inbox = self._worker._inbox(d)
         self._worker._reach("committing", d)
-        self._worker._store.finish(block, Settlement(owned.unit, owned.epoch, [outcome]))
+        return Settlement(owned.unit, owned.epoch, [outcome])

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unlost import config
-from unlost.brokers.connect import check_kafka, embedded_path, is_kafka, kafka_log, store_path
+from unlost.brokers.connect import check_kafka, embedded_path, is_kafka, kafka_log
 from unlost.brokers.embedded.log import EmbeddedLog
 from unlost.brokers.port import Log
 from unlost.config import hide_secrets
@@ -15,6 +15,7 @@ from unlost.errors import UsageError
 from unlost.events.topic import Decoder
 from unlost.sqlite import guards
 from unlost.sqlite.file import File
+from unlost.store.connect import store_path
 
 
 class Looking:

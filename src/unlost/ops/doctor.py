@@ -10,7 +10,7 @@ import msgspec
 
 from unlost import config
 from unlost.app import App
-from unlost.brokers.connect import embedded_path, examiner, is_kafka, store_path
+from unlost.brokers.connect import embedded_path, examiner, is_kafka
 from unlost.brokers.embedded.doctor import library, look_at_file
 from unlost.brokers.findings import SEVERITIES, Examination, Finding, Ours, Severity
 from unlost.config import hide_secrets
@@ -20,6 +20,7 @@ from unlost.events.topic import Unit
 from unlost.ops.connect import Looking, belongs_to
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine
+from unlost.store.connect import store_path
 from unlost.world import REAL
 
 STUCK_SECONDS = 60.0  # an outbox that a process empties is empty sooner

@@ -14,8 +14,9 @@ from unlost.events.topic import Decoder, Foreign, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine
 from unlost.sqlite.transaction import Transaction
+from unlost.store import shelf as shelf_rows
 from unlost.store.port import Attempt, DeadLetter, Request
-from unlost.store.sqlite import carry_out
+from unlost.store.steps import run
 from unlost.world import REAL, rfc3339
 
 _COLUMNS = (
@@ -158,11 +159,13 @@ def _without_owner(file: File, tx: Transaction, action: Action, chosen: Sequence
         if any(examine(file.run_folder, process).alive for process in owners):
             continue
         if owner is None:
-            epoch += 1
             tx.execute(
-                "update unlost_progress set epoch = ? where service = ? and topic = ? and partition = ?", (epoch, *unit)
+                "update unlost_progress set epoch = ? where service = ? and topic = ? and partition = ?",
+                (epoch + 1, *unit),
             )
-        done += carry_out(tx, Request(unit, letter.position, letter.key, action), epoch) != "no longer wanted"
+        request = Request(unit, letter.position, letter.key, action)
+        steps = shelf_rows.carry_out(request, tx.world.now())
+        done += run(steps, lambda sql, bindings: tx.execute(sql, bindings).fetchall()) != "no longer wanted"
     return done
 
 

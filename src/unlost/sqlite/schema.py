@@ -10,7 +10,7 @@ one b-tree, appended at one place per partition, and a range scan is a partition
 from __future__ import annotations
 
 APPLICATION_ID = 0x554E4C53  # "UNLS"
-FORMAT = 2
+FORMAT = 3
 POSITION_BITS = 40
 POSITION_MAX = (1 << POSITION_BITS) - 1
 
@@ -167,6 +167,14 @@ create index unlost_outbox_raw on unlost_outbox (number) where raw is not null;
 -- which process empties the outbox: one row
 create table unlost_relay (process text);
 insert into unlost_relay values (null);
+""",
+    3: """
+-- services whose progress is kept in a store elsewhere: how far they are, and what says which store that is
+create table unlost_follower (
+    service text not null, topic text not null, partition integer not null,
+    position integer not null, note text not null,
+    primary key (service, topic, partition)
+) without rowid;
 """,
 }
 TABLES = BASE + "".join(LATER.values())

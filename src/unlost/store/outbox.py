@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 
 import apsw
 import msgspec
@@ -16,7 +17,7 @@ from unlost.events import Envelope, decode_head, encode_head
 from unlost.sqlite.file import File
 from unlost.sqlite.process import examine
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import Mirrored, Unsent
+from unlost.store.port import Lane, Mirrored, Unsent
 
 POLL_SECONDS = 0.2
 
@@ -52,8 +53,8 @@ def put_raw(tx: Transaction, m: Mirrored) -> None:
     )
 
 
-class SqliteOutbox:
-    """Reads and empties the outbox of one file. Used from one event loop."""
+class _Emptied:
+    """One process at a time empties the outbox of a file; its lock says whether it lives."""
 
     def __init__(self, file: File) -> None:
         self._file = file
@@ -61,7 +62,7 @@ class SqliteOutbox:
         self._news = asyncio.Event()
         file.listen(self._rung)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._file.unlisten(self._rung)
 
     async def claim(self) -> bool:
@@ -82,7 +83,6 @@ class SqliteOutbox:
         return await self._file.write(work)
 
     async def give(self) -> None:
-        """Another process may send from now on."""
         me = self._file.process_id
 
         def work(tx: Transaction) -> None:
@@ -90,30 +90,6 @@ class SqliteOutbox:
             tx.execute("update unlost_relay set process = null where process = ?", (me,))
 
         await self._file.write(work)
-
-    async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
-        def work(c: apsw.Connection) -> list[Unsent]:
-            rows = c.execute(
-                "select number, topic, key, head, data from unlost_outbox "
-                "where number > ? and raw is null order by number limit ?",
-                (after, limit),
-            )
-            return [
-                Unsent(number=number, envelope=decode_head(head, topic=topic, key=key, data=data))
-                for number, topic, key, head, data in rows
-            ]
-
-        return self._file.read(work)
-
-    async def mirrors(self, after: int, limit: int) -> Sequence[Mirrored]:
-        rows = self._file.read(
-            lambda c: c.execute(
-                "select number, topic, key, data, raw from unlost_outbox "
-                "where raw is not null and number > ? order by number limit ?",
-                (after, limit),
-            ).fetchall()
-        )
-        return [_mirrored(*row) for row in rows]
 
     async def sent(self, numbers: Sequence[int]) -> None:
         def work(tx: Transaction) -> None:
@@ -136,6 +112,45 @@ class SqliteOutbox:
     def _lives(self, process: str) -> bool:
         remains = examine(self._file.run_folder, process)
         return remains.alive and not remains.hung
+
+
+class SqliteOutbox(_Emptied):
+    """The events in it. A row's place in the file is its number: one writer gives them, in the order of the commits."""
+
+    async def next(self, held: Collection[Lane], limit: int) -> Sequence[Unsent]:
+        after, chosen = 0, list[Unsent]()
+        while not chosen:
+            rows = self._file.read(partial(self._page, after, limit))
+            if not rows:
+                break
+            after = rows[-1].number
+            chosen = [row for row in rows if row.lane not in held]
+        return chosen
+
+    def _page(self, after: int, limit: int, c: apsw.Connection) -> list[Unsent]:
+        rows = c.execute(
+            "select number, topic, key, head, data from unlost_outbox "
+            "where number > ? and raw is null order by number limit ?",
+            (after, limit),
+        )
+        return [
+            Unsent(number=number, envelope=decode_head(head, topic=topic, key=key, data=data))
+            for number, topic, key, head, data in rows
+        ]
+
+
+class SqliteCopies(_Emptied):
+    """The copies of dead letters in it."""
+
+    async def page(self, after: int, limit: int) -> Sequence[Mirrored]:
+        rows = self._file.read(
+            lambda c: c.execute(
+                "select number, topic, key, data, raw from unlost_outbox "
+                "where raw is not null and number > ? order by number limit ?",
+                (after, limit),
+            ).fetchall()
+        )
+        return [_mirrored(*row) for row in rows]
 
 
 def _mirrored(number: int, topic: str, key: bytes | None, data: bytes | None, raw: str) -> Mirrored:

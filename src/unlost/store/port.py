@@ -11,14 +11,17 @@ The suite `unlost.testing.check_store` holds every store to this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from unlost.errors import UnlostError
 from unlost.events import Envelope
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.store.progress import Runs
+
+T = TypeVar("T")
 
 Reason = Literal[
     "exhausted",  # all attempts were spent
@@ -57,6 +60,14 @@ class Inbox(msgspec.Struct, frozen=True):
     id: str
     source: str
     content: int
+
+
+class Known(NamedTuple):
+    """What the inbox knows of an event: what it said, and where it stood when it was handled, if that is remembered. The
+    same event at the same place is no duplicate: its handler's transaction was committed, and its position was not."""
+
+    content: int
+    place: tuple[str, int, int] | None = None  # topic, partition, position
 
 
 State = Literal["done", "skipped", "dead", "retrying", "parked", "attempted"]
@@ -103,11 +114,19 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     digest: int
 
 
-class Unsent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event of the outbox: accepted in a commit of the store, not yet confirmed by the broker."""
+Lane = tuple[str, bytes | None]  # topic and key: what keeps one order
 
-    number: int
+
+class Unsent(msgspec.Struct, frozen=True, kw_only=True):
+    """An event of the outbox: accepted in a commit, claimed by this process, not yet confirmed by the broker."""
+
+    number: int  # its name in this outbox
     envelope: Envelope
+
+    @property
+    def lane(self) -> Lane:
+        e = self.envelope
+        return (e.topic, e.key if e.key is not None else b"\0unlost keyless %d" % self.number)
 
 
 class Mirrored(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +160,7 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     suspects: set[int]  # events that were in a handler when their process died
     waiting: dict[bytes, int | None]  # key -> due time of its first waiting event; None: behind a dead letter
     keyless: dict[int, int]  # position -> due time, of waiting events without a key
+    guessed: bool = False  # nobody knows which of the suspects were really in a handler
     aside: int  # how many events stand in the waiting room and on the shelf
 
 
@@ -185,9 +205,43 @@ CarriedOut = Literal["no longer wanted", "key is free", "key still parked"]
 
 
 class Block(Protocol):
-    """An open transaction of a handler (`ctx.transaction()`)."""
+    """A transaction of an async handler (`ctx.transaction()`): its own rows, its events and the mark "handled" in one
+    commit."""
+
+    settles: bool  # the commit holds the position as well; else the outcome is still to be settled
+
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        """Returns when the transaction is open: False if the event was handled before.
+
+        Raises:
+            Fenced: another process owns the unit.
+        """
+
+    async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        """A statement of the user."""
+
+    async def finish(self, settlement: Settlement) -> None:
+        """Ends the block with the delivery's outcome in it, and returns when that is durable."""
+
+    async def settled(self) -> BaseException | None:
+        """After `finish` was called, however that ended: why it is not durable; None: it is."""
+
+    async def abort(self) -> None:
+        """Rolls back. Harmless when it is no longer open."""
+
+
+class SyncBlock(Protocol):
+    """The same for a handler in a thread."""
+
+    settles: bool
+
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool: ...
 
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]: ...
+
+    def finish(self, settlement: Settlement) -> None: ...
+
+    def settled(self) -> BaseException | None: ...
 
     def abort(self) -> None: ...
 
@@ -209,9 +263,27 @@ class Store(Protocol):
     @property
     def id(self) -> str: ...
 
-    async def open(self) -> None: ...
+    @property
+    def place(self) -> str:
+        """Where it is, for people; without secrets."""
+
+    @property
+    def broken(self) -> UnlostError | None:
+        """It failed for good: the process must start again."""
+
+    on_broken: Callable[[UnlostError], None] | None  # who is told then
+    sees_hands: bool  # it knows after a death which events were in a handler; else they are guessed in the end
+
+    async def open(self) -> None:
+        """
+        Raises:
+            UsageError: it cannot be a store: no tables, tables of another release, missing rights, a replica …
+        """
 
     async def close(self) -> None: ...
+
+    async def prepare(self, schema: str) -> None:
+        """Makes the user's own tables, where the statements that make them are new or have changed."""
 
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         """Pins a service's start positions on topics it sees for the first time, and checks that the other
@@ -230,33 +302,30 @@ class Store(Protocol):
     async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Unit]:
         """Makes outcomes durable in one commit. Returns the units that were fenced: nothing of theirs was written."""
 
-    def block(
-        self,
-        wake: Callable[[BaseException | None], None],
-        committed: Callable[[BaseException | None], None],
-        deadline_seconds: float = 0.25,
-    ) -> Block:
-        """Asks for a transaction block. `wake` is called when it may begin; `committed` when it is durable."""
-
-    def enter(self, block: Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-        """Begins: False if the event was handled before.
+    def block(self, session: object = None, deadline_seconds: float | None = None) -> Block:
+        """A transaction for an async handler: on the user's own session, or without one in the store's database. One
+        that is open longer than its deadline is rolled back (without one: the store's own rule).
 
         Raises:
-            Fenced: another process owns the unit.
+            UsageError: this session cannot be used here.
         """
 
-    def finish(self, block: Block, settlement: Settlement) -> None:
-        """Ends the block with the delivery's outcome in it; the commit follows."""
+    def sync_block(self, session: object = None, deadline_seconds: float | None = None) -> SyncBlock:
+        """The same for a handler in a thread."""
 
     def hands(self) -> Hands: ...
 
-    def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
-        """Which of these the inbox has: (source, id) -> content."""
+    async def starting(self, taken: Taken, position: int, waited: bool, alone: bool) -> None:
+        """Comes before a handler starts on an event that waited, or that runs alone because it may have killed its
+        process: a store that `hands` tells nothing notes it durably."""
+
+    async def seen(self, service: str, events: Iterable[Inbox]) -> Mapping[tuple[str, str], Known]:
+        """Which of these the inbox has, by (source, id)."""
 
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         """Waiting events of a key in order, or the keyless one at `position`."""
 
-    def requests(self, service: str) -> Sequence[Request]:
+    async def requests(self, service: str) -> Sequence[Request]:
         """What operators want of this service's shelf."""
 
     def received(self, taken: Taken, position: int) -> None:
@@ -269,24 +338,101 @@ class Store(Protocol):
         """Redrives (shelf -> waiting room, due now) or discards, and says whether the key is free now or still
         stands behind another dead letter."""
 
+    def outbox(self) -> Outbox | None:
+        """Where settling puts what handlers publish, if the broker's log is elsewhere."""
+
+    def copies(self) -> Copies | None:
+        """Where settling puts copies of dead letters, if there is a topic for them."""
+
 
 class Outbox(Protocol):
-    """Where a store puts events that its broker cannot take in the same commit. One process at a time empties it.
+    """Events that a database has accepted and a broker has not confirmed yet. Used from one event loop.
 
-    **Guarantee** an event stands here from the commit that accepted it until `sent`, in the order of the commits.
+    **Guarantee** an event stands here from the commit that accepted it until `sent`. Events of one lane are in the
+    hands of one process at a time, and come in the order in which their commits were seen, those of one moment in the
+    order in which they were put.
     """
 
     async def claim(self) -> bool:
-        """Whether this process is the one that sends: it is, if nobody else alive has claimed it."""
+        """Whether there is a part of it that this process is to send; takes its share where nobody alive has it."""
 
-    async def unsent(self, after: int, limit: int) -> Sequence[Unsent]:
-        """The oldest events with a number above `after`."""
-
-    async def mirrors(self, after: int, limit: int) -> Sequence[Mirrored]:
-        """The oldest copies of dead letters with a number above `after`."""
+    async def next(self, held: Collection[Lane], limit: int) -> Sequence[Unsent]:
+        """The oldest events of this process' part, but those of lanes that are `held`. They are durably numbered and
+        noted as this process' when it returns; until `sent` they come again."""
 
     async def sent(self, numbers: Sequence[int]) -> None:
-        """The broker's receipts for these are in hand."""
+        """The broker's receipts for these are in hand. It becomes durable now, or with the next `next`."""
 
     async def wait(self, seconds: float) -> None:
         """Until something may have been put in, at most so long."""
+
+    async def give(self) -> None:
+        """Other processes may send what this one would have."""
+
+    async def close(self) -> None: ...
+
+
+class Copies(Protocol):
+    """Copies of dead letters on their way to topics that others read. One process at a time sends them."""
+
+    async def claim(self) -> bool: ...
+
+    async def page(self, after: int, limit: int) -> Sequence[Mirrored]:
+        """The oldest copies with a number above `after`."""
+
+    async def sent(self, numbers: Sequence[int]) -> None: ...
+
+    async def wait(self, seconds: float) -> None: ...
+
+    async def give(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+# --- for those who look ----------------------------------------------------------------------------------------
+
+
+class Cursor(Protocol):
+    def fetchone(self) -> tuple[Any, ...] | None: ...
+
+    def fetchall(self) -> list[tuple[Any, ...]]: ...
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]: ...
+
+
+class Look(Protocol):
+    """One snapshot, or one commit, of the store's tables."""
+
+    def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Any:
+        """A `Cursor`. Placeholders are `?`, tables are called as in `sqlite/schema.py`."""
+
+
+class Process(NamedTuple):
+    """What is known of a process that uses the store."""
+
+    id: str
+    pid: int
+    host: str
+    alive: bool
+    read: Mapping[Unit, int]  # how far it has read
+
+
+class Records(Protocol):
+    """The tables of a store as operators look at them: blocking calls, and SQL that every store understands."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def place(self) -> str: ...
+
+    def read(self, work: Callable[[Look], T]) -> T:
+        """Runs `work` on one snapshot; a read inside of a read sees the same one."""
+
+    def write(self, work: Callable[[Look], T]) -> T:
+        """Runs `work` in one commit, and returns when that is durable."""
+
+    def process(self, look: Look, id: str) -> Process | None:
+        """None: nothing is known of it (any more), and it does not live."""
+
+    def close(self) -> None: ...

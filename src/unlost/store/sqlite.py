@@ -5,14 +5,18 @@ Every function that writes takes the open `Transaction`, so that whatever belong
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import apsw
 import msgspec
 
-from unlost.errors import Fenced, UsageError, invariant
+from unlost.errors import Fenced, Misconfigured, UnlostError, UsageError, invariant
 from unlost.events import Envelope, decode_head, event_hash
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.sqlite.file import File
@@ -20,9 +24,23 @@ from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block
-from unlost.store import outbox, port
-from unlost.store.port import Attempt, Death, Inbox, Mirrored, Outcome, Request, Settlement, Snapshot, Taken, Waiting
+from unlost.store import port, shelf
+from unlost.store.outbox import SqliteCopies, SqliteOutbox, put_raw
+from unlost.store.port import (
+    Attempt,
+    Death,
+    Inbox,
+    Known,
+    Mirrored,
+    Outcome,
+    Request,
+    Settlement,
+    Snapshot,
+    Taken,
+    Waiting,
+)
 from unlost.store.progress import Progress, Runs
+from unlost.store.steps import run
 from unlost.world import rfc3339
 
 _json = msgspec.json
@@ -33,6 +51,7 @@ _decode_attempt_map = msgspec.json.Decoder(dict[int, list[Attempt]]).decode
 _NUMBER_BITS = 31
 _NUMBER_MASK = (1 << _NUMBER_BITS) - 1
 EPOCHS_KEPT = 1000  # of one unit; older owners are forgotten
+BLOCK_SECONDS = 0.25  # how long a handler's transaction may hold the file
 
 Publish = Callable[[Transaction, Sequence[Envelope]], object]
 Mirror = Callable[[Unit, Outcome], Mirrored | None]
@@ -41,6 +60,8 @@ Mirror = Callable[[Unit, Outcome], Mirrored | None]
 class SqliteStore:
     """A store in one SQLite file. `publish` puts a handler's events where its broker takes them from, in the
     same commit: with the embedded broker that is the log itself."""
+
+    sees_hands = True
 
     def __init__(self, file: File, publish: Publish, *, broker: str = "", mirror: Mirror | None = None) -> None:
         """`broker` is the identity of a broker that keeps its log elsewhere; empty: the log is in this file.
@@ -54,11 +75,30 @@ class SqliteStore:
     def id(self) -> str:
         return self.file.store_id
 
+    @property
+    def place(self) -> str:
+        return f"{self.file.path}{' (made just now)' if self.file.created else ''}"
+
+    @property
+    def broken(self) -> UnlostError | None:
+        return self.file.broken
+
+    @property
+    def on_broken(self) -> Callable[[UnlostError], None] | None:
+        return self.file.on_broken
+
+    @on_broken.setter
+    def on_broken(self, tell: Callable[[UnlostError], None] | None) -> None:
+        self.file.on_broken = tell
+
     async def open(self) -> None:
         return None
 
     async def close(self) -> None:
-        return None
+        """The file belongs to whoever opened it."""
+
+    async def prepare(self, schema: str) -> None:
+        await self.file.write(lambda tx: _apply_schema(self.file, tx, schema))
 
     # --- services and ownership --------------------------------------------------------------------------
 
@@ -161,7 +201,7 @@ class SqliteStore:
             _shelve(tx, unit, o)
             copy = self._mirror(unit, o) if self._mirror is not None else None
             if copy is not None:
-                outbox.put_raw(tx, copy)
+                put_raw(tx, copy)
         elif o.state in ("retrying", "parked"):
             _wait(tx, unit, o)
         listed = o.state in ("dead", "retrying", "parked")
@@ -197,37 +237,38 @@ class SqliteStore:
 
     # --- a handler's transaction -------------------------------------------------------------------------
 
-    def block(
-        self,
-        wake: Callable[[BaseException | None], None],
-        committed: Callable[[BaseException | None], None],
-        deadline_seconds: float = 0.25,
-    ) -> Block:
-        block = Block(wake, committed, deadline_seconds)
-        self.file.submit_block(block)
-        return block
+    def block(self, session: object = None, deadline_seconds: float | None = None) -> FileBlock:
+        _check_session(session)
+        return FileBlock(self, deadline_seconds or BLOCK_SECONDS)
 
-    def enter(self, block: port.Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-        assert isinstance(block, Block)
-        return bool(block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
-
-    def finish(self, block: port.Block, settlement: Settlement) -> None:
-        assert isinstance(block, Block)
-        block.finish(lambda tx: self.settle_in(tx, settlement))
+    def sync_block(self, session: object = None, deadline_seconds: float | None = None) -> SyncFileBlock:
+        _check_session(session)
+        return SyncFileBlock(self, deadline_seconds or BLOCK_SECONDS)
 
     def hands(self) -> port.Hands:
         return _Hands(self.file.process_file)
 
+    async def starting(self, taken: Taken, position: int, waited: bool, alone: bool) -> None:
+        """The process' own file knows already."""
+
+    # --- the outbox --------------------------------------------------------------------------------------
+
+    def outbox(self) -> SqliteOutbox | None:
+        return SqliteOutbox(self.file) if self._elsewhere else None
+
+    def copies(self) -> SqliteCopies | None:
+        return SqliteCopies(self.file) if self._elsewhere else None
+
     # --- reading -----------------------------------------------------------------------------------------
 
-    def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
+    async def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], Known]:
         wanted = [e.id for e in events]
         if not wanted:
             return {}
         marks = ",".join("?" * len(wanted))
         sql = f"select source, id, content from unlost_inbox where service = ? and id in ({marks})"
         rows = self.file.read(lambda c: c.execute(sql, (service, *wanted)).fetchall())
-        return {(source, id): content for source, id, content in rows}
+        return {(source, id): Known(content) for source, id, content in rows}
 
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         where, bindings = ("key = ?", key) if key is not None else ("position = ? and key is null", position)
@@ -245,7 +286,7 @@ class SqliteStore:
             for at, head, key, data, recorded, due, history in rows
         ]
 
-    def requests(self, service: str) -> Sequence[Request]:
+    async def requests(self, service: str) -> Sequence[Request]:
         rows = self.file.read(
             lambda c: c.execute(
                 "select topic, partition, position, key, request from unlost_shelf "
@@ -274,7 +315,138 @@ class SqliteStore:
         ]  # fmt: skip
 
     async def carry_out(self, request: Request, epoch: int) -> port.CarriedOut:
-        return await self.file.write(lambda tx: carry_out(tx, request, epoch))
+        def work(tx: Transaction) -> port.CarriedOut:
+            _load(tx, request.unit, epoch)
+            return run(
+                shelf.carry_out(request, tx.world.now()), lambda sql, bindings: tx.execute(sql, bindings).fetchall()
+            )
+
+        return await self.file.write(work)
+
+
+class FileBlock:
+    """A block that has its turn in the writer's open commit (see `sqlite/turn.py`)."""
+
+    settles = True
+
+    def __init__(self, store: SqliteStore, deadline_seconds: float) -> None:
+        self._store = store
+        loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._committed: asyncio.Future[None] = loop.create_future()
+        self._block = Block(_teller(loop, self._opened), _teller(loop, self._committed), deadline_seconds)
+
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        self._store.file.submit_block(self._block)
+        try:
+            await self._opened
+            return bool(self._block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
+        except BaseException:
+            self._block.abort()
+            raise
+
+    async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        return self._block.execute(sql, bindings)
+
+    async def finish(self, settlement: Settlement) -> None:
+        try:
+            self._block.finish(lambda tx: self._store.settle_in(tx, settlement))
+        except BaseException as e:
+            _set(self._committed, e)
+            raise
+        await asyncio.shield(self._committed)
+
+    async def settled(self) -> BaseException | None:
+        try:
+            await asyncio.shield(self._committed)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as e:
+            return e
+        return None
+
+    async def abort(self) -> None:
+        self._block.abort()
+
+
+class SyncFileBlock:
+    """The same, from a thread."""
+
+    settles = True
+
+    def __init__(self, store: SqliteStore, deadline_seconds: float) -> None:
+        self._store = store
+        self._opened = threading.Event()
+        self._committed = threading.Event()
+        self._refused: BaseException | None = None
+        self._failed: BaseException | None = None
+        self._block = Block(self._wake, self._end, deadline_seconds)
+
+    def _wake(self, error: BaseException | None) -> None:
+        self._refused = error
+        self._opened.set()
+
+    def _end(self, error: BaseException | None) -> None:
+        self._failed = error
+        self._committed.set()
+
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        self._store.file.submit_block(self._block)
+        self._opened.wait()
+        if self._refused is not None:
+            raise self._refused
+        try:
+            return bool(self._block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
+        except BaseException:
+            self._block.abort()
+            raise
+
+    def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
+        return self._block.execute(sql, bindings)
+
+    def finish(self, settlement: Settlement) -> None:
+        try:
+            self._block.finish(lambda tx: self._store.settle_in(tx, settlement))
+        except BaseException as e:
+            self._end(e)
+            raise
+        failed = self.settled()
+        if failed is not None:
+            raise failed
+
+    def settled(self) -> BaseException | None:
+        self._committed.wait()
+        return self._failed
+
+    def abort(self) -> None:
+        self._block.abort()
+
+
+def _teller(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> Callable[[BaseException | None], None]:
+    """Tells a future of the event loop, from any thread."""
+    return lambda error: _ignore(loop.call_soon_threadsafe(_set, future, error))
+
+
+def _ignore(_handle: object) -> None:
+    return None
+
+
+def _set(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+        future.exception()  # seen: whoever asks gets it, and nobody has to
+
+
+def _check_session(session: object) -> None:
+    if session is not None:
+        raise Misconfigured(
+            "UL1220", "a transaction on a database of your own needs a store that lives there", found="the store is a file of unlost",
+            fix="UNLOST_STORE=postgresql://… for data in PostgreSQL; or ctx.transaction() without an argument, with your tables in the file",
+        )  # fmt: skip
 
 
 class _Hands:
@@ -475,6 +647,25 @@ def _fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:
     return Fenced("UL2101", f"{unit} has another owner now", found=f"epoch {found or '-'}, ours was {epoch}")
 
 
+def _apply_schema(file: File, tx: Transaction, text: str) -> None:
+    """Runs the user's schema when it is new or has changed, under the same limits as any user statement."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    row = tx.one("select value from unlost_meta where name = 'schema'")
+    if row is not None and row[0] == digest:
+        return
+    file.guard.user_code = True
+    try:
+        tx.execute(text)
+    except apsw.Error as e:
+        raise UsageError(
+            "UL1235", "the schema of this App cannot be applied", found=str(e),
+            fix="write `create table if not exists ...`; names that start with unlost_ are taken",
+        ) from e  # fmt: skip
+    finally:
+        file.guard.user_code = False
+    tx.execute("insert or replace into unlost_meta values ('schema', ?)", (digest,))
+
+
 def _enter_inbox(tx: Transaction, service: str, inbox: Inbox) -> bool:
     """False if the event was handled before."""
     tx.execute(
@@ -648,45 +839,3 @@ def _waiting_keys(tx: Transaction, unit: Unit) -> tuple[dict[bytes, int | None],
     ):
         waiting[key] = None
     return waiting, keyless
-
-
-def carry_out(tx: Transaction, request: Request, epoch: int) -> port.CarriedOut:
-    """Redrive or discard one dead letter, as the owner of its unit."""
-    unit = request.unit
-    _load(tx, unit, epoch)
-    row = tx.one(
-        "select number, key, head, data, recorded, request, operation from unlost_shelf "
-        "where service = ? and topic = ? and partition = ? and position = ?",
-        (*unit, request.position),
-    )
-    if row is None or row[5] != request.action:
-        return "no longer wanted"
-    number, key, head, data, recorded, action, operation = row
-    tx.execute("delete from unlost_shelf where number = ?", (number,))
-    if action == "redrive":
-        tx.execute(
-            "insert into unlost_waiting values (?, ?, ?, ?, ?, ?, 0, '[]', ?, ?, ?)",
-            (*unit, request.position, key, tx.world.now(), head, data, recorded),
-        )
-    tx.execute(
-        "update unlost_ledger set state = ?, since = ? where service = ? and topic = ? and partition = ? and position = ?",
-        ("retrying" if action == "redrive" else "removed", tx.world.now(), *unit, request.position),
-    )
-    invariant(
-        tx.connection.changes() == 1,
-        f"{unit}:{request.position} was on the shelf, but the ledger did not list it",
-    )
-    tx.execute("update unlost_operation set carried_out = ? where number = ?", (tx.world.now(), operation))
-    behind = tx.one(
-        "select 1 from unlost_shelf where service = ? and topic = ? and partition = ? and key = ? and parks = 1",
-        (*unit, key),
-    )
-    return "key still parked" if behind else "key is free"
-
-
-def store_beside(file: File, *, log_here: bool, broker: str, mirror: Mirror | None = None) -> SqliteStore:
-    """The store of a broker: events that handlers publish go into the log, if that is in the same file, else into
-    the outbox."""
-    if log_here:
-        return SqliteStore(file, Transaction.append)
-    return SqliteStore(file, outbox.put, broker=broker, mirror=mirror)

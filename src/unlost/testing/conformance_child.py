@@ -97,6 +97,7 @@ async def owner(task: Task, rig: Any) -> None:
     (taken,) = await rig.store.take([unit])
     hands = [rig.store.hands() for _ in task["in_hand"]]
     for hand, position in zip(hands, task["in_hand"], strict=True):
+        await rig.store.starting(taken, position, position in task["waited"], task["alone"])
         hand.take_up(taken.address, position, task["alone"])
     say("taken", taken.epoch)
     while word := (await hears.readline()).decode().strip():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from unlost.brokers.embedded import group
@@ -23,8 +23,19 @@ from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile
 from unlost.sqlite.transaction import Transaction
-from unlost.store.port import Block, CarriedOut, Hands, Inbox, Outcome, Request, Settlement, Snapshot, Taken, Waiting
-from unlost.store.sqlite import SqliteStore
+from unlost.store.port import (
+    CarriedOut,
+    Hands,
+    Inbox,
+    Known,
+    Outcome,
+    Request,
+    Settlement,
+    Snapshot,
+    Taken,
+    Waiting,
+)
+from unlost.store.sqlite import FileBlock, SqliteStore, SyncFileBlock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -259,10 +270,11 @@ class _MortalBroker:
 class _MortalStore:
     """The store of one process: silent after its death."""
 
+    sees_hands = True
+
     def __init__(self, real: SqliteStore, process: MortalProcess) -> None:
         self._real = real
         self._process = process
-        self._blocks: dict[int, Settlement] = {}
 
     @property
     def id(self) -> str:
@@ -292,51 +304,31 @@ class _MortalStore:
         self._process.reach_outcomes("settled", settlements)
         return fenced
 
-    def block(
-        self,
-        wake: Callable[[BaseException | None], None],
-        committed: Callable[[BaseException | None], None],
-        deadline_seconds: float = 0.25,
-    ) -> Block:
+    def block(self, session: object = None) -> _MortalBlock:
         self._process.check()
-        number: list[int] = []
+        return _MortalBlock(self._real.block(session), self._process)
 
-        def durable(error: BaseException | None) -> None:
-            settlement = self._blocks.pop(number[0], None)
-            if error is None and settlement is not None:
-                try:
-                    self._process.reach_outcomes("settled", [settlement])
-                except ProcessKilled as e:
-                    error = e  # ends the handler: it will never know
-            committed(error)
-
-        block = self._real.block(wake, durable, deadline_seconds)
-        number.append(id(block))
-        return block
-
-    def enter(self, block: Block, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    def sync_block(self, session: object = None) -> _MortalSyncBlock:
         self._process.check()
-        return self._real.enter(block, unit, epoch, inbox)
-
-    def finish(self, block: Block, settlement: Settlement) -> None:
-        self._process.reach_outcomes("settling", [settlement])
-        self._blocks[id(block)] = settlement
-        self._real.finish(block, settlement)
+        return _MortalSyncBlock(self._real.sync_block(session), self._process)
 
     def hands(self) -> Hands:
         return self._real.hands()
 
-    def seen(self, service: str, events: Iterable[Inbox]) -> dict[tuple[str, str], int]:
-        self._process.check()
-        return self._real.seen(service, events)
+    async def starting(self, taken: Taken, position: int, waited: bool, alone: bool) -> None:
+        await self._real.starting(taken, position, waited, alone)
+
+    async def seen(self, service: str, events: Iterable[Inbox]) -> Mapping[tuple[str, str], Known]:
+        await self._process.alive()
+        return await self._real.seen(service, events)
 
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         await self._process.alive()
         return await self._real.waiting(unit, key, position, limit)
 
-    def requests(self, service: str) -> Sequence[Request]:
-        self._process.check()
-        return self._real.requests(service)
+    async def requests(self, service: str) -> Sequence[Request]:
+        await self._process.alive()
+        return await self._real.requests(service)
 
     def received(self, taken: Taken, position: int) -> None:
         self._real.received(taken, position)
@@ -347,3 +339,67 @@ class _MortalStore:
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         await self._process.alive()
         return await self._real.carry_out(request, epoch)
+
+
+class _MortalBlock:
+    """A block of a process that may die at its end: before the commit, or when only nobody was told of it."""
+
+    settles = True
+
+    def __init__(self, real: FileBlock, process: MortalProcess) -> None:
+        self._real = real
+        self._process = process
+        self._killed: ProcessKilled | None = None
+        self.execute = real.execute
+        self.abort = real.abort
+
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        began = await self._real.begin(unit, epoch, inbox)
+        if self._process.dead:
+            await self._real.abort()
+        self._process.check()
+        return began
+
+    async def finish(self, settlement: Settlement) -> None:
+        try:
+            self._process.reach_outcomes("settling", [settlement])
+            await self._real.finish(settlement)
+            self._process.reach_outcomes("settled", [settlement])
+        except ProcessKilled as e:  # ends the handler: it will never know
+            self._killed = e
+            await self._real.abort()
+            raise
+
+    async def settled(self) -> BaseException | None:
+        return self._killed or await self._real.settled()
+
+
+class _MortalSyncBlock:
+    settles = True
+
+    def __init__(self, real: SyncFileBlock, process: MortalProcess) -> None:
+        self._real = real
+        self._process = process
+        self._killed: ProcessKilled | None = None
+        self.execute = real.execute
+        self.abort = real.abort
+
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+        began = self._real.begin(unit, epoch, inbox)
+        if self._process.dead:
+            self._real.abort()
+        self._process.check()
+        return began
+
+    def finish(self, settlement: Settlement) -> None:
+        try:
+            self._process.reach_outcomes("settling", [settlement])
+            self._real.finish(settlement)
+            self._process.reach_outcomes("settled", [settlement])
+        except ProcessKilled as e:
+            self._killed = e
+            self._real.abort()
+            raise
+
+    def settled(self) -> BaseException | None:
+        return self._killed or self._real.settled()

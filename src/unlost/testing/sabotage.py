@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import unlost.delivery.worker as worker_module
-import unlost.ops.shelf as shelf_module
+import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.brokers.port import Arrivals, Change, Member, Receipt
@@ -29,7 +29,7 @@ from unlost.sqlite.file import File, _Operation
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import Inbox, Outcome, Settlement
 from unlost.store.progress import Progress
-from unlost.store.sqlite import SqliteStore
+from unlost.store.sqlite import FileBlock, SqliteStore
 
 VARIABLE = "UNLOST_BREAK"
 
@@ -233,16 +233,15 @@ def _retry_not_durable() -> None:
 @_bug("redrive-drops", "a redrive takes the event off the shelf and puts it nowhere")
 def _redrive_drops() -> None:
     def make(original: Callable[..., Any]) -> Any:
-        def carry_out(tx: Transaction, request: Any, epoch: int) -> Any:
-            result = original(tx, request, epoch)
+        def carry_out(request: Any, now: int) -> Any:
+            result = yield from original(request, now)
             where = (*request.unit, request.position)
-            tx.execute(f"delete from unlost_waiting {_THIS_UNIT} and position = ?", where)
+            yield f"delete from unlost_waiting {_THIS_UNIT} and position = ?", where
             return result
 
         return carry_out
 
-    _replace(store_module, "carry_out", make)
-    _replace(shelf_module, "carry_out", make)  # an operator does it where nobody owns the partition
+    _replace(shelf_module, "carry_out", make)
 
 
 @_bug("parked-key-forgotten", "the followers of a dead letter do not wait behind it")
@@ -288,12 +287,14 @@ def _publishes_after_ack() -> None:
 
 @_bug("effect-before-mark", "a transaction's rows are committed first, the mark that the event is handled afterwards")
 def _effect_before_mark() -> None:
-    def finish(self: SqliteStore, block: Any, settlement: Settlement) -> None:
-        block.finish(lambda tx: None)
-        later = _Operation(lambda tx: self.settle_in(tx, settlement), concurrent.futures.Future(), None)
-        self.file._submit(later)
+    async def finish(self: FileBlock, settlement: Settlement) -> None:
+        store = self._store
+        self._block.finish(lambda tx: None)
+        later = _Operation(lambda tx: store.settle_in(tx, settlement), concurrent.futures.Future(), None)
+        store.file._submit(later)
+        await asyncio.shield(self._committed)
 
-    _replace(SqliteStore, "finish", lambda _: finish)
+    _replace(FileBlock, "finish", lambda _: finish)
 
 
 @_bug("mark-before-effect", "the inbox mark is committed before the handler runs")

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import apsw
+import msgspec
 
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.brokers.embedded.log import SURVIVES, read_partition, read_topics
@@ -39,8 +40,11 @@ class EmbeddedBroker:
         commits_with_store=True,
     )
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, *, store_elsewhere: bool = False) -> None:
+        """`store_elsewhere`: positions, inbox and shelf are not in this file; it is told how far they are (`ack`)."""
         self.file = file
+        if store_elsewhere:
+            self.abilities = msgspec.structs.replace(self.abilities, commits_with_store=False)
         self._publisher: Publisher | None = None
 
     async def open(self) -> None:
@@ -82,7 +86,7 @@ class EmbeddedBroker:
         return await publisher.publish(envelopes)
 
     async def join(self, service: str, topics: Sequence[str]) -> EmbeddedMember:
-        member = EmbeddedMember(self.file, service, topics)
+        member = EmbeddedMember(self.file, service, topics, store_elsewhere=not self.abilities.commits_with_store)
         await member.open()
         return member
 

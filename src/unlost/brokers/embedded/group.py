@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import apsw
 
 from unlost.brokers.embedded.log import read_partition
-from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Lost, Revoked
+from unlost.brokers.port import Ack, Arrivals, Assigned, Change, Lost, Revoked, Saved
 from unlost.errors import UsageError
 from unlost.events.topic import Unit
 from unlost.sqlite.file import File
@@ -29,10 +29,11 @@ READ_MAX = 256  # events of one partition in one read
 class EmbeddedMember:
     """This process' part in a service. Used from one event loop."""
 
-    def __init__(self, file: File, service: str, topics: Sequence[str]) -> None:
+    def __init__(self, file: File, service: str, topics: Sequence[str], *, store_elsewhere: bool = False) -> None:
         self._file = file
         self._service = service
         self._topics = list(topics)
+        self._store_elsewhere = store_elsewhere
         self._wake = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._numbers: dict[Unit, int] = {}  # every unit of the service -> its partition number
@@ -82,7 +83,19 @@ class EmbeddedMember:
         self._wake.set()
 
     async def ack(self, acks: Sequence[Ack]) -> None:
-        raise NotImplementedError("the embedded broker commits with the store")
+        """Where the store is not this file, it is told how far trimming may go, and which store it was."""
+
+        def work(tx: Transaction) -> None:
+            for unit, position, note in acks:
+                tx.execute(
+                    "update unlost_follower set position = ?, note = ? "
+                    "where service = ? and topic = ? and partition = ?",
+                    (position, note, *unit),
+                )
+
+        own = [ack for ack in acks if ack.unit in self._owned]
+        if own:
+            await self._file.write(work)
 
     async def release(self, units: Sequence[Unit]) -> None:
         process = self._file.process_id
@@ -149,6 +162,7 @@ class EmbeddedMember:
         process, service = self._file.process_id, self._service
 
         def work(tx: Transaction) -> None:
+            _check_store(tx, service, elsewhere=self._store_elsewhere)
             for topic in self._topics:
                 tx.execute(
                     "insert into unlost_member values (?, ?, ?, ?) on conflict do nothing",
@@ -156,6 +170,10 @@ class EmbeddedMember:
                 )
             for unit in self._numbers:
                 tx.execute("insert into unlost_assignment values (?, ?, ?, null) on conflict do nothing", tuple(unit))
+                if self._store_elsewhere:
+                    tx.execute(
+                        "insert into unlost_follower values (?, ?, ?, 0, '') on conflict do nothing", tuple(unit)
+                    )
 
         await self._file.write(work)
 
@@ -191,7 +209,7 @@ class EmbeddedMember:
             if taken:
                 self._owned.update(taken)
                 self._order = sorted(self._owned)
-                changes.append(Assigned(taken))
+                changes.append(Assigned(taken, self._file.read(lambda c: _saved(c, taken))))
         elif surplus:
             self._revoking.update(surplus)
             self._paused.update(surplus)
@@ -261,6 +279,27 @@ class EmbeddedMember:
             self._paused.discard(unit)
             self._next.pop(unit, None)
         self._order = sorted(self._owned)
+
+
+def _check_store(tx: Transaction, service: str, *, elsewhere: bool) -> None:
+    """A service's progress is kept in one place, for good."""
+    if elsewhere:
+        found = tx.one("select 1 from unlost_progress where service = ? limit 1", (service,))
+    else:
+        found = tx.one("select 1 from unlost_follower where service = ? limit 1", (service,))
+    if found is not None:
+        here = "in the broker's own file" if elsewhere else "in another store"
+        raise UsageError(
+            "UL1135", f"the progress of {service!r} is kept {here}", found="another UNLOST_STORE than the service began with",
+            fix="go back to it; or give the service another name, and it begins anew with all that the log holds",
+        )  # fmt: skip
+
+
+def _saved(c: apsw.Connection, units: Sequence[Unit]) -> dict[Unit, Saved]:
+    """What a store elsewhere has told of these units."""
+    sql = "select position, note from unlost_follower where service = ? and topic = ? and partition = ?"
+    rows = [(unit, c.execute(sql, unit).fetchone()) for unit in units]
+    return {unit: Saved(*row) for unit, row in rows if row is not None}
 
 
 def _share(members: Sequence[str], units: int, me: str, topic: str) -> int:

@@ -76,6 +76,7 @@ def _finished(tx: Transaction, topic: str, partition: int) -> int:
     return int(
         tx.one(
             "select min(p) from (select position as p from unlost_progress where topic = ?1 and partition = ?2 "
+            "union all select position from unlost_follower where topic = ?1 and partition = ?2 "
             "union all select position from unlost_waiting where topic = ?1 and partition = ?2 "
             "union all select position from unlost_shelf where topic = ?1 and partition = ?2 "
             "union all select ?3)",

@@ -1,0 +1,235 @@
+"""Connections to the store: who runs our statements, and what is known when one is lost.
+
+Two pools, so that handlers which hold a transaction open never keep the books from being written: one for us, one that
+is lent to `ctx.transaction()`. A session of its own listens, and holds the lock that says "this process lives".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection, AsyncPipeline, sql
+from psycopg_pool import AsyncConnectionPool
+
+from unlost.errors import OutcomeUnknown, Unavailable, UnlostError
+from unlost.store.postgres.schema import quoted
+from unlost.store.postgres.settings import Settings, explained
+from unlost.store.steps import ExecuteAsync, Rows, Steps, in_schema, run_async, with_percent
+
+log = logging.getLogger("unlost.store")
+T = TypeVar("T")
+
+OWN_MAX = 4
+POOL_SECONDS = 10.0
+FATE_SECONDS = 60.0  # how long it is asked what became of a commit whose answer was lost
+ASK_AGAIN_SECONDS = 0.2
+Connection = AsyncConnection[tuple[Any, ...]]
+
+
+class Client:
+    """All connections of one store in one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.schema = quoted(settings.schema)
+        self._own = self._pool(OWN_MAX)
+        self.lent = self._pool(settings.pool)
+
+    def _pool(self, size: int) -> AsyncConnectionPool[Connection]:
+        return AsyncConnectionPool(
+            self.settings.conninfo, min_size=0, max_size=size, open=False, timeout=POOL_SECONDS, configure=_configure,
+            reconnect_timeout=2.0, max_idle=60.0,
+        )  # fmt: skip
+
+    async def open(self) -> None:
+        await self._own.open()
+        await self.lent.open()
+
+    async def close(self) -> None:
+        await self._own.close()
+        await self.lent.close()
+
+    async def connect(self) -> Connection:
+        """A connection of its own; every statement is a transaction."""
+        with told(self.settings):
+            return await AsyncConnection.connect(self.settings.conninfo, autocommit=True)
+
+    def executor(self, connection: Connection, pipeline: AsyncPipeline | None = None) -> ExecuteAsync:
+        """In a pipeline, what was sent before goes out together with the first statement that is waited for."""
+        cursor = connection.cursor()
+
+        async def execute(text: str, bindings: Sequence[Any] = ()) -> Rows:
+            await cursor.execute(statement(text, self.schema), bindings or None)
+            if pipeline is not None:
+                await pipeline.sync()
+            return await cursor.fetchall() if cursor.description is not None else []
+
+        return execute
+
+    async def read(self, steps: Steps[T]) -> T:
+        """Statements that write nothing. Each sees the newest commits."""
+        with told(self.settings):
+            async with self._own.connection() as connection:
+                return await run_async(steps, self.executor(connection))
+
+    async def commit(self, make: Callable[[], Steps[T]]) -> T:
+        """Runs the statements in one transaction, and returns when it is durable.
+
+        **Guarantee** when it raises `Unavailable`, surely nothing was written: if the answer to the commit is lost, the
+        server is asked what became of the transaction.
+        **After a crash** all of it is there, or nothing.
+        """
+        transaction = ""
+        try:
+            with told(self.settings):
+                async with self._own.connection() as connection:
+                    async with connection.pipeline():  # one trip for both
+                        await connection.execute("begin isolation level read committed read write")
+                        cursor = await connection.execute("select pg_current_xact_id()::text")
+                    found = await cursor.fetchone()
+                    assert found is not None
+                    result = await run_async(make(), self.executor(connection))
+                    transaction = found[0]
+                    await connection.execute("commit")
+                    return result
+        except Unavailable as e:
+            if transaction and await self._happened(transaction, e):
+                return result
+            raise
+
+    async def _happened(self, transaction: str, lost: Unavailable) -> bool:
+        """Whether a transaction was committed whose end was not seen."""
+        log.warning("the answer to a commit was lost; asking what became of it: %s", lost)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + FATE_SECONDS
+        while loop.time() < end:
+            with contextlib.suppress(Unavailable), told(self.settings):
+                async with self._own.connection() as connection:
+                    await connection.execute(_END_IT, (transaction,))
+                    cursor = await connection.execute("select pg_xact_status(%s::xid8)", (transaction,))
+                    row = await cursor.fetchone()
+                    assert row is not None
+                    if row[0] in ("committed", "aborted"):
+                        return bool(row[0] == "committed")
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+        raise OutcomeUnknown(
+            "UL2014", "nobody can say whether a commit to the store happened", found=str(lost),
+            fix="start the service again when the store is there: what was settled is known then",
+        )  # fmt: skip
+
+    async def notify(self) -> None:
+        """Wakes those who wait for the outbox. A statement of its own, never in a transaction that writes."""
+        with told(self.settings):
+            async with self._own.connection() as connection:
+                await connection.execute("select pg_notify(%s, '')", (self.settings.channel,))
+
+
+# Its client is gone, but the server may not know that for hours. If it is committing, it ends that first.
+_END_IT = (
+    "select pg_terminate_backend(pid) from pg_stat_activity "
+    "where backend_xid = (%s::xid8)::xid and pid <> pg_backend_pid()"
+)
+# A lock of our number that another session holds is that of the session we have lost.
+_END_OLD = (
+    "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and classid = %s and objid = %s "
+    "and objsubid = 2 and database = (select oid from pg_database where datname = current_database()) "
+    "and pid <> pg_backend_pid()"
+)
+
+
+async def _configure(connection: Connection) -> None:
+    """Every statement is its own transaction unless we begin one. What is acknowledged must be on the disk, whatever the
+    role's default says."""
+    await connection.set_autocommit(True)
+    await connection.execute("set synchronous_commit = on")
+
+
+def statement(text: str, schema: str) -> Any:
+    """One of our statements as the driver wants it."""
+    return with_percent(in_schema(text, schema))
+
+
+@contextlib.contextmanager
+def told(settings: Settings) -> Iterator[None]:
+    """Errors of the driver come out as ours."""
+    try:
+        yield
+    except (UnlostError, asyncio.CancelledError):
+        raise
+    except Exception as e:
+        meaning = explained(e, settings)
+        if meaning is e:
+            raise
+        raise meaning from e
+
+
+class Listener:
+    """The session that listens and holds the process' lock. It is made again when it is lost."""
+
+    def __init__(self, client: Client, lock: Callable[[], int]) -> None:
+        self._client = client
+        self._lock = lock
+        self._task: asyncio.Task[None] | None = None
+        self._heard: set[asyncio.Event] = set()
+        self._connection: Connection | None = None
+
+    async def open(self) -> None:
+        self._connection = await self._connect()
+        self._task = asyncio.create_task(self._listen(), name="unlost-listener")
+
+    async def _connect(self) -> Connection:
+        settings = self._client.settings
+        connection = await self._client.connect()
+        try:
+            with told(settings):
+                lock = (settings.lock_class, self._lock())
+                await connection.execute(_END_OLD, lock)
+                await connection.execute("select pg_advisory_lock(%s::integer, %s::integer)", lock)
+                await connection.execute(sql.SQL("listen {}").format(sql.Identifier(settings.channel)))
+        except BaseException:
+            await connection.close()
+            raise
+        return connection
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                if self._connection is None:
+                    self._connection = await self._connect()
+                    self.ring()  # something may have been missed
+                with told(self._client.settings):
+                    async for _ in self._connection.notifies():
+                        self.ring()
+            except UnlostError as e:
+                log.warning("the session with the store was lost; it is made again: %s", e)
+            await self._drop()
+            await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    def ring(self) -> None:
+        for event in self._heard:
+            event.set()
+
+    def subscribe(self) -> asyncio.Event:
+        event = asyncio.Event()
+        self._heard.add(event)
+        return event
+
+    def unsubscribe(self, event: asyncio.Event) -> None:
+        self._heard.discard(event)
+
+    async def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                await connection.close()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._drop()

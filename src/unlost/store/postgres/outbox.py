@@ -1,0 +1,300 @@
+"""The outbox in PostgreSQL, as relays empty it.
+
+Transactions commit in another order than they took their numbers, so nobody reads on from a number here: a row is to be
+sent if it is visible and in nobody's hands. Relays share the outbox by shards. A key is in one shard, a shard in the hands
+of one relay at a time; taking it over begins a new epoch, and whoever slept through that writes nothing any more.
+
+**Guarantee** a row is numbered and noted as this relay's in a commit before it is sent, and leaves in a commit that has
+the broker's receipt behind it. The numbers of a shard have no gap: `next - 1 = confirmed + those in hands`.
+**After a crash** whoever takes the shard sends what was in hands again, with the same ids and numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from unlost.errors import Fenced, invariant
+from unlost.store.port import Lane, Mirrored, Unsent
+from unlost.store.postgres.client import Client, Listener
+from unlost.store.postgres.rows import STORED, envelope_of
+from unlost.store.postgres.schema import SHARDS
+from unlost.store.steps import Steps, one
+
+if TYPE_CHECKING:
+    from unlost.store.postgres.store import PostgresStore
+
+CLAIM_SECONDS = 1.0  # how often the other relays are looked at
+POLL_SECONDS = 0.2
+HUNG_SECONDS = 15  # a relay that gives no sign of life for so long is replaced
+_LIVES = (
+    "exists (select 1 from unlost_process p join pg_locks l on l.objid = p.number and l.locktype = 'advisory' "
+    "and l.classid = ?::integer and l.objsubid = 2 and l.granted "
+    "and l.database = (select oid from pg_database where datname = current_database()) "
+    "where p.id = {process} and p.seen > now() - make_interval(secs => ?))"
+)
+
+
+class _Raw(msgspec.Struct, frozen=True):
+    origin: tuple[str, int]
+    headers: Sequence[tuple[str, bytes | None]]
+
+
+_raw = msgspec.json.Decoder(_Raw).decode
+
+
+class PostgresOutbox:
+    """One relay's part of it."""
+
+    def __init__(self, client: Client, listener: Listener, store: PostgresStore) -> None:
+        self._client = client
+        self._listener = listener
+        self._store = store
+        self._news = listener.subscribe()
+        self._epochs: dict[int, int] = {}  # shards of this relay
+        self._looked = float("-inf")
+        self._hands: dict[int, tuple[Unsent, int, int]] = {}  # sent or about to be: row, shard, number
+        self._confirmed: list[int] = []  # the broker has them, the database does not know yet
+
+    async def claim(self) -> bool:
+        """Every relay may have its fair share; a surplus is given up, what nobody alive has is taken."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked >= CLAIM_SECONDS:
+            self._looked = now
+            self._store.relays = True
+            shares = await self._client.commit(self._share)
+            for shard in list(self._epochs):
+                if shares.get(shard) != self._epochs[shard]:
+                    self._lose(shard)
+            for shard, epoch in shares.items():
+                if shard not in self._epochs:
+                    await self._take_up(shard)
+                    self._epochs[shard] = epoch
+        return bool(self._epochs)
+
+    def _share(self) -> Steps[dict[int, int]]:
+        """One step towards everybody's fair share, in one commit; returns the shards of this relay with their epochs."""
+        me, lock = self._store.process_id, self._client.settings.lock_class
+        yield "update unlost_process set relays = true where id = ? and not relays", (me,)
+        rows = yield (
+            f"select r.shard, r.process, r.epoch, r.process = ? or {_LIVES.format(process='r.process')} "
+            "from unlost_relay r order by r.shard for update of r",
+            (me, lock, HUNG_SECONDS),
+        )
+        (others,) = yield from one(
+            f"select count(*) from unlost_process q where q.relays and q.id <> ? and {_LIVES.format(process='q.id')}",
+            (me, lock, HUNG_SECONDS),
+        )
+        share = -(-SHARDS // (others + 1))
+        mine = {shard: epoch for shard, process, epoch, _ in rows if process == me}
+        free = [shard for shard, process, _, lives in rows if process is None or not lives]
+        idle = [shard for shard in mine if not any(held == shard for _, held, _ in self._hands.values())]
+        for shard in idle[: max(0, len(mine) - share)]:
+            yield "update unlost_relay set process = null where shard = ? and process = ?", (shard, me)
+            del mine[shard]
+        for shard in free[: max(0, share - len(mine))]:
+            row = yield from one(
+                "update unlost_relay set process = ?, epoch = epoch + 1 where shard = ? returning epoch", (me, shard)
+            )
+            mine[shard] = row[0]
+        return mine
+
+    async def _take_up(self, shard: int) -> None:
+        """What its last relay had in hands comes first, under the numbers that it has."""
+
+        def steps() -> Steps[list[tuple[Unsent, int, int]]]:
+            rows = yield (
+                f"select {STORED} from unlost_outbox_status s join unlost_outbox o on o.seq = s.seq "
+                "where s.shard = ? order by s.number",
+                (shard,),
+            )
+            return [(Unsent(number=row[0], envelope=envelope_of(row)), row[1], row[2]) for row in rows]
+
+        self._hands.update({found[0].number: found for found in await self._client.read(steps())})
+
+    def _lose(self, shard: int) -> None:
+        self._epochs.pop(shard, None)
+        self._hands = {n: found for n, found in self._hands.items() if found[1] != shard}
+
+    async def next(self, held: Collection[Lane], limit: int) -> Sequence[Unsent]:
+        """Confirms what was sent, and claims what is to be sent next, in one commit."""
+        waiting = [found for found in self._hands.values() if found[0].lane not in held]
+        again = waiting[:limit]
+        if again and not self._confirmed:
+            return [row for row, _, _ in again]
+        if not again and not self._confirmed and not await self._client.read(self._any(held)):
+            return []
+        confirmed = list(self._confirmed)
+        try:
+            rows = await self._client.commit(lambda: self._confirm_and_claim(confirmed, held, 0 if again else limit))
+        except Fenced:
+            self._looked = float("-inf")
+            self._confirmed.clear()  # whoever has the shard now sends them again, and confirms them
+            return []
+        del self._confirmed[: len(confirmed)]
+        for found in rows:
+            self._hands[found[0].number] = found
+        return [row for row, _, _ in again] or [row for row, _, _ in rows]
+
+    def _any(self, held: Collection[Lane]) -> Steps[bool]:
+        """A look that writes nothing: most of the time there is nothing to do."""
+        rows = yield f"select 1 {self._unclaimed(held)} limit 1", self._which(held)
+        return bool(rows)
+
+    def _unclaimed(self, held: Collection[Lane]) -> str:
+        text = "from unlost_outbox o where o.shard = any(?::smallint[])"
+        if self._hands:
+            text += " and o.seq <> all(?::bigint[])"
+        if held:
+            text += (
+                " and not exists (select 1 from unnest(?::text[], ?::bytea[]) as h(topic, key) where h.topic = o.aggregatetype "
+                "and h.key is not distinct from coalesce(o.rawkey, convert_to(o.aggregateid, 'UTF8')))"
+            )
+        return text
+
+    def _which(self, held: Collection[Lane]) -> list[object]:
+        bindings: list[object] = [sorted(self._epochs)]
+        if self._hands:
+            bindings.append(sorted(self._hands))
+        if held:
+            bindings += [[topic for topic, _ in held], [key for _, key in held]]
+        return bindings
+
+    def _confirm_and_claim(
+        self, confirmed: Sequence[int], held: Collection[Lane], limit: int
+    ) -> Steps[list[tuple[Unsent, int, int]]]:
+        me, mine = self._store.process_id, dict(self._epochs)
+        rows = yield (
+            "select shard, process, epoch from unlost_relay where shard = any(?::smallint[]) order by shard for update",
+            (sorted(mine),),
+        )
+        if any(process != me or epoch != mine[shard] for shard, process, epoch in rows):
+            raise Fenced("UL2103", "another relay has a part of the outbox that was ours")
+        if confirmed:
+            yield from _confirm(confirmed)
+        if not limit:
+            return []
+        claimed = yield (
+            "with chosen as (select o.seq, o.shard, row_number() over (partition by o.shard order by o.seq) as place "
+            f"from (select o.seq, o.shard {self._unclaimed(held)} order by o.seq limit {limit:d}) o), "
+            "counted as (select shard, count(*) as many from chosen group by shard), "
+            "moved as (update unlost_relay r set next = r.next + c.many from counted c where r.shard = c.shard "
+            "returning r.shard, r.next - c.many as first) "
+            "insert into unlost_outbox_status (seq, shard, number) select c.seq, c.shard, m.first + c.place - 1 "
+            "from chosen c join moved m on m.shard = c.shard returning seq",
+            self._which(held),
+        )
+        if not claimed:
+            return []
+        found = yield (
+            f"select {STORED} from unnest(?::bigint[]) as u(seq) join unlost_outbox o on o.seq = u.seq "
+            "join unlost_outbox_status s on s.seq = o.seq order by o.seq",
+            ([seq for (seq,) in claimed],),
+        )
+        return [(Unsent(number=row[0], envelope=envelope_of(row)), row[1], row[2]) for row in found]
+
+    async def sent(self, numbers: Sequence[int]) -> None:
+        """Kept in memory until the next commit: a crash before it only means that they are sent again."""
+        for number in numbers:
+            if self._hands.pop(number, None) is not None:
+                self._confirmed.append(number)
+
+    async def wait(self, seconds: float) -> None:
+        await _wait(self._news, min(seconds, POLL_SECONDS))
+
+    async def give(self) -> None:
+        """Confirms what is known, and lets others have the rest."""
+        confirmed, me = list(self._confirmed), self._store.process_id
+        self._store.relays = False
+
+        def steps() -> Steps[None]:
+            if confirmed and self._epochs:
+                yield from self._confirm_and_claim(confirmed, (), 0)
+            yield "update unlost_relay set process = null where process = ?", (me,)
+            yield "update unlost_process set relays = false where id = ?", (me,)
+
+        with contextlib.suppress(Fenced):
+            await self._client.commit(steps)
+        self._epochs.clear()
+        self._hands.clear()
+        self._confirmed.clear()
+        self._store.wake()
+
+    async def close(self) -> None:
+        self._listener.unsubscribe(self._news)
+
+
+def _confirm(numbers: Sequence[int]) -> Steps[None]:
+    """Takes rows out that the broker has confirmed, and counts them."""
+    gone = yield (
+        "delete from unlost_outbox_status where seq = any(?::bigint[]) returning shard", (list(numbers),),
+    )  # fmt: skip
+    invariant(len(gone) == len(numbers), "what was sent had been claimed")
+    yield "delete from unlost_outbox where seq = any(?::bigint[])", (list(numbers),)
+    counts: dict[int, int] = {}
+    for (shard,) in gone:
+        counts[shard] = counts.get(shard, 0) + 1
+    yield (
+        "update unlost_relay r set confirmed = confirmed + u.many from unnest(?::smallint[], ?::bigint[]) as u(shard, many) "
+        "where r.shard = u.shard",
+        (list(counts), list(counts.values())),
+    )
+
+
+class PostgresCopies:
+    """Copies of dead letters: whoever relays shard 0 sends them."""
+
+    def __init__(self, client: Client, listener: Listener, store: PostgresStore) -> None:
+        self._client = client
+        self._listener = listener
+        self._store = store
+        self._news = listener.subscribe()
+
+    async def claim(self) -> bool:
+        def steps() -> Steps[bool]:
+            row = yield from one("select process from unlost_relay where shard = 0")
+            return row is not None and row[0] == self._store.process_id
+
+        return await self._client.read(steps())
+
+    async def page(self, after: int, limit: int) -> Sequence[Mirrored]:
+        def steps() -> Steps[list[Mirrored]]:
+            rows = yield (
+                f"select number, topic, key, data, raw from unlost_copy where number > ? order by number limit {limit:d}",
+                (after,),
+            )
+            return [
+                Mirrored(
+                    number=number, topic=topic, origin=_raw(raw).origin, key=None if key is None else bytes(key),
+                    data=None if data is None else bytes(data), headers=_raw(raw).headers,
+                )
+                for number, topic, key, data, raw in rows
+            ]  # fmt: skip
+
+        return await self._client.read(steps())
+
+    async def sent(self, numbers: Sequence[int]) -> None:
+        def steps() -> Steps[None]:
+            yield "delete from unlost_copy where number = any(?::bigint[])", (list(numbers),)
+
+        await self._client.commit(steps)
+
+    async def wait(self, seconds: float) -> None:
+        await _wait(self._news, min(seconds, POLL_SECONDS))
+
+    async def give(self) -> None:
+        """The outbox gives its shards."""
+
+    async def close(self) -> None:
+        self._listener.unsubscribe(self._news)
+
+
+async def _wait(news: asyncio.Event, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await news.wait()
+    news.clear()
