@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from unlost.brokers.port import Broker, Receipt
     from unlost.delivery.context import Context
     from unlost.delivery.fate import Fate, Reject, Retry, RetryLater
+    from unlost.delivery.outbox import Outbox
     from unlost.delivery.service import Guarantee, Service
     from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
     from unlost.events import Command, Event, Sensitive
@@ -27,6 +28,7 @@ __all__ = [
     "Event",
     "Fate",
     "Guarantee",
+    "Outbox",
     "OutcomeUnknown",
     "Receipt",
     "Reject",
@@ -52,6 +54,7 @@ _WHERE = {
     "Event": "events",
     "Fate": "delivery.fate",
     "Guarantee": "delivery.service",
+    "Outbox": "delivery.outbox",
     "OutcomeUnknown": "errors",
     "Receipt": "brokers.port",
     "Reject": "delivery.fate",

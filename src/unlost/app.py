@@ -14,13 +14,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unlost import config
 from unlost.brokers.connect import connect, is_kafka
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
 from unlost.delivery.mirror import Mirror, MirrorRelay, check_template
+from unlost.delivery.outbox import Outbox, Place
 from unlost.delivery.relay import Relay
 from unlost.delivery.service import Service
 from unlost.delivery.suspicion import Suspicion
@@ -30,9 +31,15 @@ from unlost.events import Envelope, Event, check_name, seal
 from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
-from unlost.store.connect import is_postgres, postgres, store_beside, store_path
+from unlost.store.connect import is_postgres, place_of, postgres, sqlite_path, store_beside, store_path
+from unlost.store.own_sqlite import OwnSqlite, OwnSqliteOutbox
+from unlost.store.port import Outbox as SomeOutbox
 from unlost.store.port import Store
+from unlost.store.sessions.port import AnySession
 from unlost.world import REAL, Deadlines, World
+
+if TYPE_CHECKING:
+    from unlost.store.postgres.store import PostgresStore
 
 log = logging.getLogger("unlost.app")
 
@@ -51,6 +58,8 @@ class App:
       `.unlost/events.db` beside the nearest pyproject.toml.
     - `store`: where the store stands that remembers what became of each event, for brokers other than the embedded one:
       a URL; without it `UNLOST_STORE`, pyproject.toml, or `.unlost/store.db` beside it.
+    - `outboxes`: URLs of databases of your own that have an outbox beside that of the store: `sqlite:///shop.db`, or
+      `postgresql://…` where the store is something else.
     - `topics`: topics with other than 8 partitions, or with a retention.
     - `schema`: a file with the `create table` statements of your own tables in the embedded file
       (its path is relative to the module that makes the App).
@@ -69,6 +78,7 @@ class App:
         *services: Service,
         broker: str | None = None,
         store: str | None = None,
+        outboxes: Sequence[str] = (),
         topics: Sequence[Topic] = (),
         schema: str | Path | None = None,
         name: str = "app",
@@ -96,12 +106,16 @@ class App:
         self.url = ""
         self.broker_url = broker
         self.store_url = store
+        self.outboxes = tuple(outboxes)
+        self._doors: dict[str, Place] = {}
+        self._doors_lock = threading.Lock()
         self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
         self._survives = survives
         self._mirror_dead = mirror_dead
         if mirror_dead is not None:
             check_template(mirror_dead)
         self._broker: Broker | None = None
+        self._hubs: list[PostgresStore] = []  # outboxes in other databases than the store's
         self._store: Store | None = None
         self._file: File | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -152,12 +166,13 @@ class App:
                 "UL1233", "the embedded broker keeps everything in its own file, or in PostgreSQL",
                 found=f"store {config.hide_secrets(store_url)}", fix="leave UNLOST_STORE empty, or postgresql://…",
             )  # fmt: skip
-        settings = postgres(store_url) if elsewhere else None
+        if elsewhere:
+            postgres(store_url)  # says what is wrong with it before anything is made
         broker, file = await asyncio.to_thread(connect, self.url, world=self.world, store_elsewhere=elsewhere)
         store: Store | None = None
         try:
             await broker.open()
-            if file is None and settings is None:
+            if file is None and not elsewhere:
                 file = await asyncio.to_thread(File, store_path(store_url), world=self.world)
             infos = await self._declare(broker)
             if SURVIVES_ORDER.index(broker.abilities.survives) < SURVIVES_ORDER.index(self._survives):
@@ -168,14 +183,13 @@ class App:
                 )  # fmt: skip
             log_here = broker.abilities.commits_with_store
             mirror = None if self._mirror_dead is None else Mirror(self._mirror_dead, broker, self.services)
-            if settings is not None:
-                from unlost.store.postgres.store import PostgresStore
-
-                store = PostgresStore(settings, broker=broker.identity, mirror=mirror, world=self.world)
+            if elsewhere:
+                store = await _postgres_store(store_url, broker, mirror, self.world)
             else:
                 assert file is not None
                 store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
-            await store.open()
+                await store.open()
+            hubs = await self._open_outboxes(store, store_url, broker)
             for service in self.services:
                 retained = [
                     t for t in sorted(service.topics) if t in self.topics and self.topics[t].retention is not None
@@ -191,10 +205,22 @@ class App:
             if file is not None:
                 await asyncio.to_thread(file.close)
             raise
-        self._broker, self._store, self._file = broker, store, file
+        self._broker, self._store, self._file, self._hubs = broker, store, file, hubs
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self._deadlines = Deadlines()  # the timer of an event loop that has ended would never ring
+
+    async def _open_outboxes(self, store: Store, store_url: str, broker: Broker) -> list[PostgresStore]:
+        """Those that the App names besides the store's own."""
+        hubs = []
+        for url in self.outboxes:
+            if not is_postgres(url):
+                place = OwnSqlite(sqlite_path(url))
+                await asyncio.to_thread(place.prepare)
+                store.own[str(place.path)] = place
+            elif url != store_url:
+                hubs.append(await _postgres_store(url, broker, None, self.world))
+        return hubs
 
     async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
         """What this App says about its topics must be so; where it says nothing, a topic may be as it is."""
@@ -207,10 +233,13 @@ class App:
     async def _disconnect(self) -> None:
         file, self._file = self._file, None
         store, self._store = self._store, None
+        hubs, self._hubs = self._hubs, []
         if self._broker is not None:
             await self._broker.close()
-        if store is not None:
-            await store.close()
+        for hub in (*hubs, *([store] if store is not None else ())):
+            await hub.close()
+        for door in self._doors.values():
+            door.close()
         self._broker = self._loop = None
         if file is not None:
             await asyncio.to_thread(file.close)
@@ -306,6 +335,47 @@ class App:
         call = self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline)
         return asyncio.run_coroutine_threadsafe(call, loop).result()
 
+    def outbox(self, connection: object) -> Outbox:
+        """Events in a transaction of yours, outside of handlers: a web request, a script.
+
+        `connection` is a connection or session of psycopg, SQLAlchemy 2, Django or sqlite3, inside its transaction; sync
+        ones with `with`, async ones with `async with`. Works in processes that run no service, and without `async with
+        app`; a running App sends.
+
+        **Guarantee** what you write and the events are committed together, or not at all.
+        **After a crash** before the commit nothing happened; after it, the events are sent by whichever relay lives.
+
+        Raises:
+            UsageError: an unknown kind of connection; no transaction; a database that no relay looks at.
+
+        Example:
+            async with session.begin(), app.outbox(session) as outbox:
+                session.add(order)
+                outbox.publish(OrderPlaced(order_id=order.id))
+        """
+        return Outbox(connection, self._door, source=self.name, now=self.world.now)
+
+    def _door(self, session: AnySession, path: str) -> Place:
+        """The outbox of a session's database."""
+        if session.dialect == "sqlite":
+            known = {str(sqlite_path(url)): url for url in self.outboxes if not is_postgres(url)}
+            url = known.get(str(Path(path).resolve())) if path else None
+            found = path or "a database in memory"
+        else:
+            store = config.setting("store", code=self.store_url).value
+            url = next((u for u in (store, *self.outboxes) if is_postgres(u)), None)
+            found = f"the store is {config.hide_secrets(store) or 'a file'}, and no other PostgreSQL is named"
+        if url is None:
+            raise UsageError(
+                "UL1262", "no relay looks at this database: its events would stay in it", found=found,
+                fix="UNLOST_STORE=postgresql://… if it is the store's; else App(outboxes=['sqlite:///path/shop.db']) or "
+                "App(outboxes=['postgresql://…'])",
+            )  # fmt: skip
+        with self._doors_lock:
+            if url not in self._doors:
+                self._doors[url] = place_of(url)
+            return self._doors[url]
+
     async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
         """Publishes ready-made envelopes (for tools; programs publish typed events)."""
         return await self._accept(envelopes, PUBLISH_SECONDS)
@@ -355,7 +425,8 @@ class App:
             self.store.on_broken = _report_to(broken)
             waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
             house = asyncio.create_task(self._keep_house())
-            relaying = None if self.broker.abilities.commits_with_store else asyncio.create_task(self._relay())
+            relays = not self.broker.abilities.commits_with_store or self._hubs or self.store.own
+            relaying = asyncio.create_task(self._relay()) if relays else None
             if relaying is not None:
                 waited_for.append(relaying)
             try:
@@ -376,26 +447,34 @@ class App:
                     raise error
 
     async def _relay(self) -> None:
-        """Empties the outbox, as long as the services run and no other process does it; then once more."""
-        outbox, copies = self.store.outbox(), self.store.copies()
-        assert outbox is not None and copies is not None
-        relay, mirrors = Relay(outbox, self.broker), MirrorRelay(copies, self.broker)
-        running = [asyncio.create_task(relay.run()), asyncio.create_task(mirrors.run())]
+        """Empties the outboxes, as long as the services run, sharing that with other processes; then once more."""
+        found = [self.store.outbox(), *(hub.outbox() for hub in self._hubs)]
+        outboxes: list[SomeOutbox] = [outbox for outbox in found if outbox is not None]
+        outboxes += [OwnSqliteOutbox(place) for place in self.store.own.values() if isinstance(place, OwnSqlite)]
+        copies = self.store.copies()
+        relays: list[Relay | MirrorRelay] = [Relay(outbox, self.broker) for outbox in outboxes]
+        if copies is not None:
+            relays.append(MirrorRelay(copies, self.broker))
+        running = [asyncio.create_task(relay.run()) for relay in relays]
         try:
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for failed in [task for task in running if task.done()]:
                 await failed
         except asyncio.CancelledError:  # what the last handlers have published
-            if not any(task.done() for task in running) and await outbox.claim():
-                await asyncio.gather(relay.finish(RELAY_SECONDS), mirrors.finish(RELAY_SECONDS))
+            if not any(task.done() for task in running):
+                ours = [await outbox.claim() for outbox in outboxes]
+                last = [relay for relay, our in zip(relays, [*ours, any(ours)], strict=False) if our]
+                await asyncio.gather(*(relay.finish(RELAY_SECONDS) for relay in last))
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            await outbox.close()
-            await copies.close()
-            with contextlib.suppress(UnlostError):  # others see that we are gone
-                await outbox.give()
+            for outbox in outboxes:
+                with contextlib.suppress(UnlostError):  # others see that we are gone
+                    await outbox.give()
+                await outbox.close()
+            if copies is not None:
+                await copies.close()
 
     async def _keep_house(self) -> None:
         while True:
@@ -491,6 +570,15 @@ class _Portal:
 
         threading.Thread(target=run, name="unlost-portal", daemon=True).start()
         started.result()
+
+
+async def _postgres_store(url: str, broker: Broker, mirror: Mirror | None, world: World) -> PostgresStore:
+    settings = postgres(url)
+    from unlost.store.postgres.store import PostgresStore
+
+    store = PostgresStore(settings, broker=broker.identity, mirror=mirror, world=world)
+    await store.open()
+    return store
 
 
 def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:

@@ -8,13 +8,11 @@ import inspect
 import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import django
 import django.db
-import psycopg
 import sqlalchemy
 from django.conf import settings
 from django.db import transaction
@@ -23,6 +21,10 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from unlost.store.sessions import connect
 
+try:
+    import psycopg
+except ImportError:
+    pass  # one test takes it away
 HAS_AIOSQLITE = importlib.util.find_spec("aiosqlite") is not None
 
 
@@ -387,7 +389,7 @@ class Outside:
 
     def __init__(self, url: str) -> None:
         if url.startswith("postgresql:"):
-            self._connection: Any = psycopg.connect(url, autocommit=True)
+            self._connection: Any = psycopg.connect(url, autocommit=True, options="-c lock_timeout=20s")
         else:
             self._connection = sqlite3.connect(url, isolation_level=None, timeout=0.1)
 
@@ -397,7 +399,3 @@ class Outside:
 
     def close(self) -> None:
         self._connection.close()
-
-
-def new_file(folder: Path) -> str:
-    return str(folder / "program.db")

@@ -11,13 +11,16 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 
 from unlost.errors import UsageError
 from unlost.events import Envelope, Event, derived_id, encode_head, seal
-from unlost.store.port import Block, Settlement, SyncBlock
+from unlost.store.port import Block, Known, Settlement, SyncBlock
 
 in_block: ContextVar[bool] = ContextVar("unlost_in_block", default=False)
 
 
 class AlreadyHandled(BaseException):
     """Unwinds a handler whose event turned out to be a duplicate. Not an `Exception`: handlers must not catch it."""
+
+    def __init__(self, known: Known) -> None:
+        self.known = known
 
 
 class Unit(Protocol):

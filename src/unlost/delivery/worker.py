@@ -172,7 +172,7 @@ class Worker:
                 return
             error = failed
         if isinstance(error, AlreadyHandled):
-            fate = await self._turned_away_late(d)
+            fate = _repeated(self._inbox(d), error.known, d)
         if isinstance(error, Misconfigured):
             raise error
         if isinstance(error, Fenced):
@@ -219,12 +219,6 @@ class Worker:
         if d.handler.where is not None and not d.handler.where(event):
             return Skip("where")
         return None
-
-    async def _turned_away_late(self, d: Delivery) -> Fate | None:
-        """The handler's transaction found the id in the inbox: the same event, or another one under a used id?"""
-        inbox = self._inbox(d)
-        known = (await self._store.seen(self.service.name, [inbox])).get((inbox.source, inbox.id))
-        return None if known is None else _repeated(inbox, known, d)
 
     def _context(self, d: Delivery) -> Context:
         envelope = d.arrival.envelope
@@ -1226,14 +1220,16 @@ class _DeliveryUnit:
         return self._worker._store.sync_block(session)
 
     async def begin(self, block: Block) -> None:
-        if not await block.begin(*self._entry()):
+        known = await block.begin(*self._entry())
+        if known is not None:
             await block.abort()
-            raise AlreadyHandled()
+            raise AlreadyHandled(known)
 
     def begin_sync(self, block: SyncBlock) -> None:
-        if not block.begin(*self._entry()):
+        known = block.begin(*self._entry())
+        if known is not None:
             block.abort()
-            raise AlreadyHandled()
+            raise AlreadyHandled(known)
 
     def _entry(self) -> tuple[Unit, int, Inbox | None]:
         owned, d = self._d.lane.owned, self._d

@@ -11,12 +11,16 @@ from unlost.errors import UsageError
 from unlost.sqlite.file import File
 from unlost.sqlite.transaction import Transaction
 from unlost.store import outbox
+from unlost.store.own_sqlite import OwnSqlite
 from unlost.store.port import Records
 from unlost.store.records import FileRecords
 from unlost.store.sqlite import Mirror, SqliteStore
 
 if TYPE_CHECKING:
+    from unlost.store.postgres.door import PostgresDoor
     from unlost.store.postgres.settings import Settings
+
+    Place = PostgresDoor | OwnSqlite
 
 
 def is_postgres(url: str) -> bool:
@@ -68,6 +72,36 @@ def postgres(url: str) -> Settings:
     return parse(url)
 
 
+def place_of(url: str) -> Place:
+    """The outbox behind a URL, on the side of those who publish: `postgresql://…` or `sqlite:///path/shop.db`.
+
+    Raises:
+        UsageError: the URL means nothing here.
+    """
+    if is_postgres(url):
+        settings = postgres(url)
+        from unlost.store.postgres.door import PostgresDoor
+
+        return PostgresDoor(settings)
+    return OwnSqlite(sqlite_path(url))
+
+
+def sqlite_path(url: str) -> Path:
+    """The file of a `sqlite:///path/shop.db` URL, which is the service's own.
+
+    Raises:
+        UsageError: it is none.
+    """
+    parts = urlsplit(url)
+    path = unquote(parts.path)
+    if parts.scheme != "sqlite" or parts.netloc or parts.query or path in ("", "/"):
+        raise UsageError(
+            "UL1261", "an outbox of your own is postgresql://user@host/database or sqlite:///path/shop.db",
+            found=hide_secrets(url), fix="three slashes for a path from here, four for an absolute one (as in SQLAlchemy)",
+        )  # fmt: skip
+    return Path(path[1:]).resolve()
+
+
 def records(url: str) -> Records:
     """The tables behind a `postgresql://` URL, for those who look.
 
@@ -80,4 +114,6 @@ def records(url: str) -> Records:
     return PostgresRecords(settings)
 
 
-__all__ = ["FileRecords", "is_postgres", "postgres", "records", "store_beside", "store_path"]
+__all__ = [
+    "FileRecords", "is_postgres", "place_of", "postgres", "records", "sqlite_path", "store_beside", "store_path",
+]  # fmt: skip

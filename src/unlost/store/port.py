@@ -210,8 +210,8 @@ class Block(Protocol):
 
     settles: bool  # the commit holds the position as well; else the outcome is still to be settled
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-        """Returns when the transaction is open: False if the event was handled before.
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+        """Returns when the transaction is open: what the inbox knows of the event, None if it is new.
 
         Raises:
             Fenced: another process owns the unit.
@@ -235,7 +235,7 @@ class SyncBlock(Protocol):
 
     settles: bool
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool: ...
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None: ...
 
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]: ...
 
@@ -272,6 +272,7 @@ class Store(Protocol):
         """It failed for good: the process must start again."""
 
     on_broken: Callable[[UnlostError], None] | None  # who is told then
+    own: dict[str, OwnPlace]  # SQLite files of the user's with an outbox and an inbox of their own, by path
     sees_hands: bool  # it knows after a death which events were in a handler; else they are guessed in the end
 
     async def open(self) -> None:
@@ -345,6 +346,12 @@ class Store(Protocol):
         """Where settling puts copies of dead letters, if there is a topic for them."""
 
 
+class OwnPlace(Protocol):
+    """A database of the user's that takes part in handlers' transactions, though it is not the store."""
+
+    def rules(self) -> Any: ...
+
+
 class Outbox(Protocol):
     """Events that a database has accepted and a broker has not confirmed yet. Used from one event loop.
 
@@ -414,7 +421,39 @@ class Process(NamedTuple):
     pid: int
     host: str
     alive: bool
+    hung: bool  # alive, but it has given no sign of life for a while
     read: Mapping[Unit, int]  # how far it has read
+
+
+class Relaying(NamedTuple):
+    """A living process that sends what stands in the outbox."""
+
+    pid: int
+    host: str
+    shards: int  # how many parts of the outbox are its own
+
+
+class Shard(NamedTuple):
+    """The books of one part of an outbox. What was ever sent is numbered, and the broker has it or it is in hands."""
+
+    number: int
+    sent: int
+    confirmed: int
+    in_hands: int
+    vanished: int  # in hands, and not in the outbox any more
+
+
+class Accepted(NamedTuple):
+    """What a store has accepted, and the broker has not confirmed yet. Times are by the store's clock, in seconds."""
+
+    events: int
+    copies: int  # of dead letters
+    age: float | None  # of the oldest event
+    in_hands: int  # events that a relay has sent, or is about to send
+    held: float | None  # how long the first of these has been in hands
+    relays: Sequence[Relaying]
+    orphaned: int  # parts of the outbox that no living process sends
+    shards: Sequence[Shard]  # where a store numbers what it sends
 
 
 class Records(Protocol):
@@ -424,15 +463,30 @@ class Records(Protocol):
     def id(self) -> str: ...
 
     @property
-    def place(self) -> str: ...
+    def place(self) -> str:
+        """Where it is, for people; without secrets."""
 
     def read(self, work: Callable[[Look], T]) -> T:
         """Runs `work` on one snapshot; a read inside of a read sees the same one."""
 
     def write(self, work: Callable[[Look], T]) -> T:
-        """Runs `work` in one commit, and returns when that is durable."""
+        """Runs `work` in one commit, and returns when that is durable.
 
-    def process(self, look: Look, id: str) -> Process | None:
-        """None: nothing is known of it (any more), and it does not live."""
+        Raises:
+            Unavailable: surely nothing was written. OutcomeUnknown: nobody can say.
+        """
+
+    def processes(self, look: Look) -> Mapping[str, Process]:
+        """All that are known, by id. An owner that is not among them does not live."""
+
+    def take_over(self, look: Look, units: Collection[Unit]) -> Collection[Unit]:
+        """Those of these units that no living process has. In this commit nobody else takes them, and whoever had
+        them is fenced after it."""
+
+    def accepted(self, look: Look) -> Accepted:
+        """What stands in the outbox."""
+
+    def size(self, look: Look) -> int:
+        """Bytes on the disk."""
 
     def close(self) -> None: ...

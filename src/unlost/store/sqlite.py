@@ -16,18 +16,20 @@ from typing import Any
 import apsw
 import msgspec
 
-from unlost.errors import Fenced, Misconfigured, UnlostError, UsageError, invariant
+from unlost.errors import Fenced, UnlostError, UsageError, invariant
 from unlost.events import Envelope, decode_head, event_hash
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
+from unlost.sqlite import turn
 from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
-from unlost.sqlite.turn import Block
 from unlost.store import port, shelf
 from unlost.store.outbox import SqliteCopies, SqliteOutbox, put_raw
+from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
     Attempt,
+    Block,
     Death,
     Inbox,
     Known,
@@ -36,10 +38,13 @@ from unlost.store.port import (
     Request,
     Settlement,
     Snapshot,
+    SyncBlock,
     Taken,
     Waiting,
 )
 from unlost.store.progress import Progress, Runs
+from unlost.store.session_blocks import SessionBlock, SyncSessionBlock
+from unlost.store.sessions.connect import of
 from unlost.store.steps import run
 from unlost.world import rfc3339
 
@@ -70,6 +75,7 @@ class SqliteStore:
         self._publish = publish
         self._elsewhere = broker
         self._mirror = mirror
+        self.own: dict[str, port.OwnPlace] = {}
 
     @property
     def id(self) -> str:
@@ -237,12 +243,16 @@ class SqliteStore:
 
     # --- a handler's transaction -------------------------------------------------------------------------
 
-    def block(self, session: object = None, deadline_seconds: float | None = None) -> FileBlock:
-        _check_session(session)
+    def block(self, session: object = None, deadline_seconds: float | None = None) -> Block:
+        if session is not None:
+            found = of(session)
+            return SessionBlock(found, own_rules(found, self.own), lambda: None)
         return FileBlock(self, deadline_seconds or BLOCK_SECONDS)
 
-    def sync_block(self, session: object = None, deadline_seconds: float | None = None) -> SyncFileBlock:
-        _check_session(session)
+    def sync_block(self, session: object = None, deadline_seconds: float | None = None) -> SyncBlock:
+        if session is not None:
+            found = of(session)
+            return SyncSessionBlock(found, own_rules(found, self.own), lambda: None)
         return SyncFileBlock(self, deadline_seconds or BLOCK_SECONDS)
 
     def hands(self) -> port.Hands:
@@ -334,13 +344,14 @@ class FileBlock:
         loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[None] = loop.create_future()
         self._committed: asyncio.Future[None] = loop.create_future()
-        self._block = Block(_teller(loop, self._opened), _teller(loop, self._committed), deadline_seconds)
+        self._block = turn.Block(_teller(loop, self._opened), _teller(loop, self._committed), deadline_seconds)
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         self._store.file.submit_block(self._block)
         try:
             await self._opened
-            return bool(self._block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
+            known: Known | None = self._block.run(lambda tx: _enter(tx, unit, epoch, inbox))
+            return known
         except BaseException:
             self._block.abort()
             raise
@@ -380,7 +391,7 @@ class SyncFileBlock:
         self._committed = threading.Event()
         self._refused: BaseException | None = None
         self._failed: BaseException | None = None
-        self._block = Block(self._wake, self._end, deadline_seconds)
+        self._block = turn.Block(self._wake, self._end, deadline_seconds)
 
     def _wake(self, error: BaseException | None) -> None:
         self._refused = error
@@ -390,13 +401,14 @@ class SyncFileBlock:
         self._failed = error
         self._committed.set()
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         self._store.file.submit_block(self._block)
         self._opened.wait()
         if self._refused is not None:
             raise self._refused
         try:
-            return bool(self._block.run(lambda tx: _enter(tx, unit, epoch, inbox)))
+            known: Known | None = self._block.run(lambda tx: _enter(tx, unit, epoch, inbox))
+            return known
         except BaseException:
             self._block.abort()
             raise
@@ -439,14 +451,6 @@ def _set(future: asyncio.Future[None], error: BaseException | None) -> None:
     else:
         future.set_exception(error)
         future.exception()  # seen: whoever asks gets it, and nobody has to
-
-
-def _check_session(session: object) -> None:
-    if session is not None:
-        raise Misconfigured(
-            "UL1220", "a transaction on a database of your own needs a store that lives there", found="the store is a file of unlost",
-            fix="UNLOST_STORE=postgresql://… for data in PostgreSQL; or ctx.transaction() without an argument, with your tables in the file",
-        )  # fmt: skip
 
 
 class _Hands:
@@ -632,15 +636,16 @@ def _save(tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Se
     )
 
 
-def _enter(tx: Transaction, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-    """The beginning of a handler's transaction: is the unit still ours, and the event new?"""
+def _enter(tx: Transaction, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    """The beginning of a handler's transaction: is the unit still ours, and what does the inbox know of the event?"""
     row = tx.one("select epoch from unlost_progress where service = ? and topic = ? and partition = ?", unit)
     if row is None or row[0] != epoch:
         raise _fenced(unit, row and row[0], epoch)
     if inbox is None:
-        return True
-    sql = "select 1 from unlost_inbox where service = ? and id = ? and source = ?"
-    return tx.one(sql, (unit.service, inbox.id, inbox.source)) is None
+        return None
+    sql = "select content from unlost_inbox where service = ? and id = ? and source = ?"
+    found = tx.one(sql, (unit.service, inbox.id, inbox.source))
+    return None if found is None else Known(found[0])
 
 
 def _fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:

@@ -765,7 +765,7 @@ class OpenBlock:
 
     async def __aenter__(self) -> OpenBlock:
         async with asyncio.timeout(10):
-            self.new = await self.block.begin(*self._entry)
+            self.new = await self.block.begin(*self._entry) is None
         return self
 
     async def __aexit__(self, *error: object) -> None:

@@ -24,6 +24,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile
 from unlost.sqlite.transaction import Transaction
 from unlost.store.port import (
+    Block,
     CarriedOut,
     Hands,
     Inbox,
@@ -32,10 +33,11 @@ from unlost.store.port import (
     Request,
     Settlement,
     Snapshot,
+    SyncBlock,
     Taken,
     Waiting,
 )
-from unlost.store.sqlite import FileBlock, SqliteStore, SyncFileBlock
+from unlost.store.sqlite import SqliteStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -344,16 +346,15 @@ class _MortalStore:
 class _MortalBlock:
     """A block of a process that may die at its end: before the commit, or when only nobody was told of it."""
 
-    settles = True
-
-    def __init__(self, real: FileBlock, process: MortalProcess) -> None:
+    def __init__(self, real: Block, process: MortalProcess) -> None:
         self._real = real
         self._process = process
         self._killed: ProcessKilled | None = None
         self.execute = real.execute
         self.abort = real.abort
+        self.settles = real.settles
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         began = await self._real.begin(unit, epoch, inbox)
         if self._process.dead:
             await self._real.abort()
@@ -375,16 +376,15 @@ class _MortalBlock:
 
 
 class _MortalSyncBlock:
-    settles = True
-
-    def __init__(self, real: SyncFileBlock, process: MortalProcess) -> None:
+    def __init__(self, real: SyncBlock, process: MortalProcess) -> None:
         self._real = real
         self._process = process
         self._killed: ProcessKilled | None = None
         self.execute = real.execute
         self.abort = real.abort
+        self.settles = real.settles
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         began = self._real.begin(unit, epoch, inbox)
         if self._process.dead:
             self._real.abort()

@@ -15,15 +15,14 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, Connection
 
-from unlost.errors import Misconfigured, StatementFailed, Unavailable, UnlostError, UsageError
+from unlost.errors import Misconfigured, StatementFailed, Unavailable, UsageError
 from unlost.events.topic import Unit
-from unlost.store.port import Inbox, Settlement
+from unlost.store.port import Inbox, Known, Settlement
 from unlost.store.postgres import rows
 from unlost.store.postgres.client import Client, statement, told
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
-from unlost.store.sessions.port import AsyncSession, SyncSession
-from unlost.store.steps import Rows, in_schema, one, run, run_async, with_percent
+from unlost.store.steps import Rows, Steps, in_schema, one, run, run_async, with_percent
 
 _OF_THE_BLOCK = re.compile(
     r"\s*(begin|commit|rollback|abort|end|savepoint|release|start\s+transaction|prepare\s+transaction|set\s+session|"
@@ -83,7 +82,7 @@ class LentBlock:
         self._ending: asyncio.Task[None] | None = None
         self._late = False
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         with told(self._client.settings):
             connection = await self._lent.enter_async_context(self._client.lent.connection())
         self._connection = connection
@@ -92,13 +91,13 @@ class LentBlock:
                 async with connection.pipeline() as pipeline:
                     await connection.execute("begin isolation level read committed read write")
                     execute = self._client.executor(connection, pipeline)
-                    new = await run_async(rows.enter(unit, epoch, inbox), execute)
+                    known = await run_async(rows.enter(unit, epoch, inbox), execute)
         except BaseException:
             await self.abort()
             raise
         if self._deadline is not None:
             self._timer = asyncio.get_running_loop().call_later(self._deadline, self._expire)
-        return new
+        return known
 
     def _expire(self) -> None:
         self._late = True
@@ -187,7 +186,7 @@ class SyncLentBlock:
         self._ended = threading.Event()
         self._error: BaseException | None = None
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
         with told(self._settings):
             connection = self._connection = _connections.take(self._settings)
         try:
@@ -292,186 +291,38 @@ def close_threads_connections(settings: Settings) -> None:
 # --- on the user's own session -----------------------------------------------------------------------------------
 
 
-def _check_kind(session: object, *, wants_async: bool) -> None:
-    is_async = asyncio.iscoroutinefunction(getattr(type(session), "execute", None))
-    if is_async is not wants_async:
-        kind, other = ("async", "sync") if wants_async else ("sync", "async")
-        raise Misconfigured(
-            "UL1252", f"an {kind} handler needs an {kind} session in ctx.transaction()", found=f"a {other} {getattr(session, 'library', session)}",
-            fix=f"use the {kind} connection of the same library, or make the handler {'`def`' if wants_async else '`async def`'}",
-        )  # fmt: skip
+class StoreRules:
+    """A session in the store's own database."""
+
+    def __init__(self, settings: Settings, store_id: str) -> None:
+        self._settings = settings
+        self._schema = quoted(settings.schema)
+        self._store_id = store_id
+
+    def text(self, sql: str) -> str:
+        return in_schema(sql, self._schema)
+
+    def enter(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Steps[Known | None]:
+        whose = yield from one("select value from unlost_meta where name = 'store_id'")
+        if whose is None or whose[0] != self._store_id:
+            raise elsewhere(f"its store is {whose[0] if whose else 'none'}, ours is {self._store_id}")
+        known = yield from rows.enter(unit, epoch, inbox)
+        return known
+
+    def finish(self, settlement: Settlement) -> Steps[None]:
+        return rows.finish(settlement)
+
+    def meaning(self, error: Exception) -> Exception | None:
+        text = str(error)
+        if "unlost_" in text and "does not exist" in text:
+            return elsewhere(f"this database has no tables of unlost in the schema {self._settings.schema!r}")
+        return None
 
 
-def _check_transaction(session: Any) -> None:
-    if session.dialect != "postgresql":
-        raise Misconfigured(
-            "UL1253", "ctx.transaction(session) needs a session in the store's database", found=f"a {session.dialect} session",
-            fix="keep this service's data in the store's PostgreSQL, or use an outbox there and an at-least-once handler",
-        )  # fmt: skip
-    if session.in_transaction:
-        raise Misconfigured(
-            "UL1254", "ctx.transaction(session) begins and ends the transaction itself", found="one is open on this session already",
-            fix="hand it a session that has done nothing yet: read before the block with another one, or commit first",
-        )  # fmt: skip
-
-
-_WHOSE = "select value from unlost_meta where name = 'store_id'"
-
-
-def _check_store(found: Any, expected: str) -> None:
-    if found is None or found[0] != expected:
-        raise _elsewhere(f"its store is {found[0] if found else 'none'}, ours is {expected}")
-
-
-def _elsewhere(found: str) -> Misconfigured:
+def elsewhere(found: str) -> Misconfigured:
     return Misconfigured(
-        "UL1253", "ctx.transaction(session) needs a session in the store's database: effects and the mark \"handled\" must be "
+        "UL1253", 'ctx.transaction(session) needs a session in the store\'s database: effects and the mark "handled" must be '
         "one commit", found=found,
         fix="point UNLOST_STORE at the database of this session (its tables: unlost store migrate), or give the handler a "
         "session of the store's database",
     )  # fmt: skip
-
-
-class SessionBlock:
-    """A transaction on the user's session. We begin it, and we commit it."""
-
-    settles = False
-
-    def __init__(self, session: Any, client: Client, store_id: str, wake: Callable[[], None]) -> None:
-        _check_kind(session, wants_async=True)
-        _check_transaction(session)
-        self._session: AsyncSession = session
-        self._client = client
-        self._store_id = store_id
-        self._wake = wake
-        self._ending: asyncio.Task[None] | None = None
-        self._open = False
-
-    async def _execute(self, text: str, bindings: Sequence[Any] = ()) -> Rows:
-        return await self._session.execute(in_schema(text, self._client.schema), bindings)
-
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-        await self._session.begin()
-        self._open = True
-        try:
-            with _told(self._session, self._client.settings):
-                _check_store(await run_async(one(_WHOSE), self._execute), self._store_id)
-                return await run_async(rows.enter(unit, epoch, inbox), self._execute)
-        except BaseException:
-            await self.abort()
-            raise
-
-    async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
-        return [tuple(row) for row in await self._session.execute(sql, bindings)]
-
-    async def finish(self, settlement: Settlement) -> None:
-        self._ending = asyncio.create_task(self._finish(settlement))
-        await asyncio.shield(self._ending)
-
-    async def _finish(self, settlement: Settlement) -> None:
-        try:
-            with _told(self._session, self._client.settings):
-                await run_async(rows.finish(settlement), self._execute)
-                await self._session.commit()
-        except BaseException:
-            await self.abort()
-            raise
-        self._open = False
-        if any(o.publishes for o in settlement.outcomes):
-            self._wake()
-
-    async def settled(self) -> BaseException | None:
-        if self._ending is None:
-            return _not_open()
-        try:
-            await asyncio.shield(self._ending)
-        except asyncio.CancelledError:
-            if self._ending.cancelled():
-                return _not_open()
-            raise
-        except BaseException as e:
-            return e
-        return None
-
-    async def abort(self) -> None:
-        if self._open:
-            self._open = False
-            with contextlib.suppress(Exception):  # its connection is lost: so is its transaction
-                await self._session.rollback()
-
-
-class SyncSessionBlock:
-    settles = False
-
-    def __init__(self, session: Any, settings: Settings, store_id: str, wake: Callable[[], None]) -> None:
-        _check_kind(session, wants_async=False)
-        _check_transaction(session)
-        self._session: SyncSession = session
-        self._settings = settings
-        self._schema = quoted(settings.schema)
-        self._store_id = store_id
-        self._wake = wake
-        self._ended = threading.Event()
-        self._error: BaseException | None = None
-        self._open = False
-
-    def _execute(self, text: str, bindings: Sequence[Any] = ()) -> Rows:
-        return self._session.execute(in_schema(text, self._schema), bindings)
-
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> bool:
-        self._session.begin()
-        self._open = True
-        try:
-            with _told(self._session, self._settings):
-                _check_store(run(one(_WHOSE), self._execute), self._store_id)
-                return run(rows.enter(unit, epoch, inbox), self._execute)
-        except BaseException:
-            self.abort()
-            raise
-
-    def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
-        return [tuple(row) for row in self._session.execute(sql, bindings)]
-
-    def finish(self, settlement: Settlement) -> None:
-        try:
-            with _told(self._session, self._settings):
-                run(rows.finish(settlement), self._execute)
-                self._session.commit()
-        except BaseException as e:
-            self._error = e
-            self.abort()
-            raise
-        finally:
-            self._ended.set()
-        self._open = False
-        if any(o.publishes for o in settlement.outcomes):
-            self._wake()
-
-    def settled(self) -> BaseException | None:
-        self._ended.wait()
-        return self._error
-
-    def abort(self) -> None:
-        if self._open:
-            self._open = False
-            with contextlib.suppress(Exception):  # its connection is lost: so is its transaction
-                self._session.rollback()
-
-
-@contextlib.contextmanager
-def _told(session: Any, settings: Settings) -> Any:
-    """What the user's driver says of our statements: try again, wrong database, or a failure of its own."""
-    try:
-        yield
-    except (UnlostError, asyncio.CancelledError):
-        raise
-    except Exception as e:
-        if session.is_transient(e):
-            raise Unavailable(
-                "UL2012", "the transaction cannot be committed now", found=f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}",
-                fix="it is tried again",
-            ) from e  # fmt: skip
-        text = str(e)
-        if "unlost_" in text and "does not exist" in text:
-            raise _elsewhere(f"this database has no tables of unlost in the schema {settings.schema!r}") from e
-        raise

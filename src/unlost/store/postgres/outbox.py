@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CLAIM_SECONDS = 1.0  # how often the other relays are looked at
 POLL_SECONDS = 0.2
 HUNG_SECONDS = 15  # a relay that gives no sign of life for so long is replaced
-_LIVES = (
+LIVES = (
     "exists (select 1 from unlost_process p join pg_locks l on l.objid = p.number and l.locktype = 'advisory' "
     "and l.classid = ?::integer and l.objsubid = 2 and l.granted "
     "and l.database = (select oid from pg_database where datname = current_database()) "
@@ -81,12 +81,12 @@ class PostgresOutbox:
         me, lock = self._store.process_id, self._client.settings.lock_class
         yield "update unlost_process set relays = true where id = ? and not relays", (me,)
         rows = yield (
-            f"select r.shard, r.process, r.epoch, r.process = ? or {_LIVES.format(process='r.process')} "
+            f"select r.shard, r.process, r.epoch, r.process = ? or {LIVES.format(process='r.process')} "
             "from unlost_relay r order by r.shard for update of r",
             (me, lock, HUNG_SECONDS),
         )
         (others,) = yield from one(
-            f"select count(*) from unlost_process q where q.relays and q.id <> ? and {_LIVES.format(process='q.id')}",
+            f"select count(*) from unlost_process q where q.relays and q.id <> ? and {LIVES.format(process='q.id')}",
             (me, lock, HUNG_SECONDS),
         )
         share = -(-SHARDS // (others + 1))

@@ -100,25 +100,40 @@ OUTBOX = {
     "headers": "text", "rawkey": "bytea",
 }  # fmt: skip
 _AS_JSON = ("payload", "headers")
+_OUTBOX_ONE = f"insert into unlost_outbox ({', '.join(OUTBOX)}) select " + ", ".join(
+    f"?::{'json' if name in _AS_JSON else kind}" for name, kind in OUTBOX.items()
+)
 _OUTBOX_MANY = (
     f"insert into unlost_outbox ({', '.join(OUTBOX)}) select "
-    + ", ".join(f"{name}::json" if name in _AS_JSON else name for name in OUTBOX)
+    + ", ".join(f"{name}::json" if name in _AS_JSON else f"u.{name}" for name in OUTBOX)
     + f" from unnest({', '.join(f'?::{kind}[]' for kind in OUTBOX.values())}) as u({', '.join(OUTBOX)})"
 )
-_OUTBOX_ONE = (
-    f"insert into unlost_outbox ({', '.join(OUTBOX)}) values ("
-    + ", ".join(f"?::{'json' if name in _AS_JSON else kind}" for name, kind in OUTBOX.items())
-    + ")"
-)
+# On a connection of the user's: nothing is put into another database than the one that relays look at.
+_HERE = "m.name = 'store_id' and m.value = ?::text returning seq"
+_ONE_HERE = f"{_OUTBOX_ONE} from unlost_meta m where {_HERE}"
+_MANY_HERE = f"{_OUTBOX_MANY}, unlost_meta m where {_HERE}"
 
 
-def put(envelopes: Sequence[Envelope]) -> Steps[None]:
-    """Puts events into the outbox, in the order of the calls: one statement, in whoever's transaction it is."""
+def put(envelopes: Sequence[Envelope], store_id: str = "") -> Steps[None]:
+    """Puts events into the outbox, in the order of the calls: one statement, in whoever's transaction it is. With
+    `store_id` only into the outbox of that store.
+
+    Raises:
+        UsageError: this database has another store, or none.
+    """
     rows = [_outbox_row(e) for e in envelopes]
-    if len(rows) == 1:
-        yield _OUTBOX_ONE, rows[0]
-    elif rows:
-        yield _OUTBOX_MANY, [list(column) for column in zip(*rows, strict=True)]
+    if not rows:
+        return
+    columns: Sequence[Any] = rows[0] if len(rows) == 1 else [list(column) for column in zip(*rows, strict=True)]
+    if not store_id:
+        yield _OUTBOX_ONE if len(rows) == 1 else _OUTBOX_MANY, columns
+        return
+    written = yield _ONE_HERE if len(rows) == 1 else _MANY_HERE, (*columns, store_id)
+    if len(written) != len(rows):
+        raise UsageError(
+            "UL1253", "this connection is not to the database that the relays look at", found="its outbox is that of another store",
+            fix="use a connection to the database of UNLOST_STORE, or name this one too: App(outboxes=['postgresql://…'])",
+        )  # fmt: skip
 
 
 def shard_of(topic: str, key: bytes | None, id: str) -> int:
@@ -435,24 +450,32 @@ def _waiting_now(settlements: Sequence[Settlement]) -> Steps[set[tuple[Unit, int
 # --- a handler's transaction -----------------------------------------------------------------------------------
 
 
-def enter(unit: Unit, epoch: int, mark: Inbox | None) -> Steps[bool]:
-    """Is the unit still ours, and the event new?"""
+def enter(unit: Unit, epoch: int, mark: Inbox | None) -> Steps[Known | None]:
+    """Is the unit still ours, and what does the inbox know of the event?"""
     if mark is None:
-        row = yield from one(f"select epoch, null from unlost_progress where {UNIT}", unit)
+        row = yield from one(f"select epoch, null, null, null, null from unlost_progress where {UNIT}", unit)
     else:
         row = yield from one(
-            "select p.epoch, i.content from unlost_progress p "
+            "select p.epoch, i.content, w.topic, w.partition, i.position from unlost_progress p "
             "left join unlost_inbox i on i.service = ? and i.source = ? and i.id = ? "
+            "left join unlost_progress w on w.number = i.unit "
             "where p.service = ? and p.topic = ? and p.partition = ?",
             (unit.service, mark.source, id_bytes(mark.id), *unit),
         )
     if row is None or row[0] != epoch:
         raise fenced(unit, row and row[0], epoch)
-    return row[1] is None
+    return None if row[1] is None else Known(row[1], (row[2], row[3], row[4]))
+
+
+_MARK = (
+    "mark as (insert into unlost_inbox (content, position, unit, service, source, id) "
+    "select ?::bigint, ?::bigint, number, ?::text, ?::text, ?::bytea from owned on conflict do nothing returning 1)"
+)
+_EVENTS = f"events as ({_OUTBOX_MANY}, owned)"
 
 
 def finish(settlement: Settlement) -> Steps[None]:
-    """The mark "handled" and the events, as the last statements of the handler's transaction. Its position is settled
+    """The mark "handled" and the events, as the last statement of the handler's transaction. Its position is settled
     afterwards: until then the mark says where the event stood.
 
     Two owners of one unit (one has slept through its replacement) may come here with the same event: the mark is unique,
@@ -460,19 +483,21 @@ def finish(settlement: Settlement) -> Steps[None]:
     """
     unit = settlement.unit
     (o,) = settlement.outcomes
-    row = yield from one(f"select epoch, number from unlost_progress where {UNIT}", unit)
-    if row is None or row[0] != settlement.epoch:
-        raise fenced(unit, row and row[0], settlement.epoch)
+    parts = [f"owned as (select number from unlost_progress where {UNIT} and epoch = ?)"]
+    bindings: list[Any] = [*unit, settlement.epoch]
     if o.inbox is not None:
         mark = o.inbox
-        new = yield (
-            "insert into unlost_inbox (content, position, unit, service, source, id) "
-            "values (?::bigint, ?::bigint, ?::integer, ?::text, ?::text, ?::bytea) on conflict do nothing returning 1",
-            (mark.content, o.arrival.position, row[1], unit.service, mark.source, id_bytes(mark.id)),
-        )
-        if not new:
-            raise Fenced("UL2102", f"{unit}:{o.arrival.position} was handled by another owner in this moment")
-    yield from put(o.publishes)
+        parts.append(_MARK)
+        bindings += (mark.content, o.arrival.position, unit.service, mark.source, id_bytes(mark.id))
+    if o.publishes:
+        parts.append(_EVENTS)
+        bindings += [list(column) for column in zip(*(_outbox_row(e) for e in o.publishes), strict=True)]
+    marks = "(select count(*) from mark)" if o.inbox is not None else "1"
+    owned, marked = yield from one(f"with {', '.join(parts)} select (select count(*) from owned), {marks}", bindings)
+    if not owned:
+        raise fenced(unit, None, settlement.epoch)
+    if not marked:
+        raise Fenced("UL2102", f"{unit}:{o.arrival.position} was handled by another owner in this moment")
 
 
 def fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:

@@ -22,6 +22,7 @@ import psycopg
 from unlost.errors import UnlostError, UsageError
 from unlost.events.topic import TopicInfo, Unit
 from unlost.store import shelf
+from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
     Block,
     CarriedOut,
@@ -30,6 +31,7 @@ from unlost.store.port import (
     Known,
     Mirrored,
     Outcome,
+    OwnPlace,
     Request,
     Settlement,
     Snapshot,
@@ -40,9 +42,8 @@ from unlost.store.port import (
 from unlost.store.postgres import rows
 from unlost.store.postgres.blocks import (
     LentBlock,
-    SessionBlock,
+    StoreRules,
     SyncLentBlock,
-    SyncSessionBlock,
     close_threads_connections,
 )
 from unlost.store.postgres.client import Client, Listener
@@ -50,7 +51,9 @@ from unlost.store.postgres.outbox import PostgresCopies, PostgresOutbox
 from unlost.store.postgres.settings import Settings
 from unlost.store.postgres.startup import check
 from unlost.store.progress import Runs
+from unlost.store.session_blocks import Rules, SessionBlock, SyncSessionBlock
 from unlost.store.sessions.connect import of
+from unlost.store.sessions.port import AnySession
 from unlost.store.steps import Steps, one
 from unlost.world import REAL, World, new_id
 
@@ -83,6 +86,7 @@ class PostgresStore:
         self.client = Client(settings)
         self.number = 0  # of this process: its advisory lock
         self.relays = False
+        self.own: dict[str, OwnPlace] = {}
         self._broker = broker
         self._mirror = mirror
         self._id = ""
@@ -265,12 +269,19 @@ class PostgresStore:
     def block(self, session: object = None, deadline_seconds: float | None = None) -> Block:
         if session is None:
             return LentBlock(self.client, self.wake, deadline_seconds)
-        return SessionBlock(of(session), self.client, self._id, self.wake)
+        found = of(session)
+        return SessionBlock(found, self._rules(found), self.wake)
 
     def sync_block(self, session: object = None, deadline_seconds: float | None = None) -> SyncBlock:
         if session is None:
             return SyncLentBlock(self.settings, self._wake_from_thread, deadline_seconds)
-        return SyncSessionBlock(of(session), self.settings, self._id, self._wake_from_thread)
+        found = of(session)
+        return SyncSessionBlock(found, self._rules(found), self._wake_from_thread)
+
+    def _rules(self, session: AnySession) -> Rules:
+        if session.dialect == "postgresql":
+            return StoreRules(self.settings, self._id)
+        return own_rules(session, self.own)
 
     def hands(self) -> Hands:
         return _NO_HANDS

@@ -98,3 +98,6 @@ class AsyncSession(Session, Protocol):
     async def rollback(self) -> None: ...
 
     async def place(self) -> str: ...
+
+
+AnySession = SyncSession | AsyncSession

@@ -56,10 +56,8 @@ class Django:
                 "UL1257", "a connection of Django is used in the thread that it belongs to", found="another thread",
                 fix="take django.db.connection where it is used",
             )  # fmt: skip
-        atomic = transaction.atomic(
-            using=self._connection.alias
-        )  # so that Django refuses commit() and rollback() inside
-        atomic.__enter__()
+        atomic = transaction.atomic(using=self._connection.alias)
+        atomic.__enter__()  # from here on, Django itself refuses commit() and rollback()
         self._atomic = atomic
         return True
 

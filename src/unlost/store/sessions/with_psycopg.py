@@ -21,8 +21,10 @@ from unlost.store.steps import Rows, with_percent
 class _Psycopg:
     dialect: Dialect = "postgresql"
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, cursor: Any) -> None:
         self._connection = connection
+        self._cursor = cursor  # of psycopg's own kind, whatever the program's are
+        _plain(cursor.adapters)
         self._block: Any = None  # psycopg's own, so that it refuses commit() and rollback() inside
 
     @property
@@ -49,14 +51,14 @@ class Psycopg(_Psycopg):
     is_async: Literal[False] = False
     how_to_begin = "open a transaction: with connection.transaction():"
 
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection, psycopg.Cursor(connection, row_factory=tuple_row))
+
     def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
-        cursor: Any
-        with psycopg.Cursor(self._connection, row_factory=tuple_row) as cursor:
-            _plain(cursor.adapters)
-            with self._pipeline():
-                refuse.autocommit(self)
-                cursor.execute(*_for_percent(sql, bindings))
-            return cursor.fetchall() if cursor.description else []
+        with self._pipeline():
+            refuse.autocommit(self)
+            self._cursor.execute(*_for_percent(sql, bindings))
+        return self._cursor.fetchall() if self._cursor.description else []
 
     def begin(self) -> bool:
         with self._pipeline():
@@ -87,14 +89,14 @@ class AsyncPsycopg(_Psycopg):
     is_async: Literal[True] = True
     how_to_begin = "open a transaction: async with connection.transaction():"
 
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection, psycopg.AsyncCursor(connection, row_factory=tuple_row))
+
     async def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
-        cursor: Any
-        async with psycopg.AsyncCursor(self._connection, row_factory=tuple_row) as cursor:
-            _plain(cursor.adapters)
-            async with self._pipeline():
-                refuse.autocommit(self)
-                await cursor.execute(*_for_percent(sql, bindings))
-            return await cursor.fetchall() if cursor.description else []
+        async with self._pipeline():
+            refuse.autocommit(self)
+            await self._cursor.execute(*_for_percent(sql, bindings))
+        return await self._cursor.fetchall() if self._cursor.description else []
 
     async def begin(self) -> bool:
         async with self._pipeline():

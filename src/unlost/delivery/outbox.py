@@ -1,0 +1,138 @@
+"""`app.outbox(connection)`: events in the transaction of a web request, a script, or whatever else is no handler.
+
+**Guarantee** rows and events are committed together, or none of them is: no data without its event, no event without its
+data. A relay sends the events after the commit (a running App has one).
+**After a crash** before the commit nothing happened; after it, the events stand in the outbox until they are sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Protocol
+
+from unlost.errors import UsageError
+from unlost.events import Envelope, Event, seal
+from unlost.store.sessions.connect import of
+from unlost.store.sessions.port import AnySession
+from unlost.store.steps import Steps, run, run_async
+
+
+class Place(Protocol):
+    """The outbox of one database, on the side of those who publish."""
+
+    def prepare(self) -> None:
+        """Learns what it must know of the database; asks it the first time. Blocks."""
+
+    def put(self, envelopes: Sequence[Envelope]) -> Steps[None]:
+        """Statements for the user's transaction, which refuse another database."""
+
+    def woken_after(self, session: AnySession) -> None:
+        """Tells the relays when the session's transaction has ended. Costs the caller nothing."""
+
+    def close(self) -> None: ...
+
+
+Find = Callable[[AnySession, str], Place]  # the outbox of a session's database; the text is the path of a SQLite file
+
+
+class Outbox:
+    """Events that leave with a transaction of yours. Made by `app.outbox(connection)`."""
+
+    def __init__(
+        self,
+        connection: object,
+        find: Find,
+        source: str,
+        now: Callable[[], int],
+    ) -> None:
+        self._session = of(connection)
+        self._find = find
+        self._source = source
+        self._now = now
+        self._place: Place | None = None
+        self._events: list[Envelope] = []
+        self._open = False
+
+    def publish(
+        self,
+        event: Event,
+        *,
+        id: str | None = None,
+        occurred_at: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Publishes with the transaction: a plain call. The events are written at the end of the block, in the order of
+        the calls; not at all if the block fails or the transaction is rolled back.
+
+        With an `id` of your own, a request that is sent again publishes at most a duplicate, which effectively-once
+        handlers never see.
+
+        Raises:
+            UsageError: the event cannot be published, or the block is over.
+        """
+        if not self._open:
+            raise UsageError(
+                "UL1255", "an outbox is open inside its block only", fix="with app.outbox(connection) as outbox: outbox.publish(…)"
+            )  # fmt: skip
+        self._events.append(
+            seal(event, source=self._source, id=id, occurred_at=occurred_at, headers=headers, now=self._now())
+        )
+
+    # sync
+
+    def __enter__(self) -> Outbox:
+        session = self._session
+        if session.is_async:
+            raise _wrong_kind("with", "async with", session)
+        self._check_transaction()
+        self._place = self._find(session, session.place())
+        self._place.prepare()
+        self._open = True
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._open = False
+        session, place = self._session, self._place
+        if error is not None or not self._events or session.is_async or place is None:
+            return
+        self._check_transaction()
+        run(place.put(self._events), session.execute)
+        place.woken_after(session)
+
+    # async
+
+    async def __aenter__(self) -> Outbox:
+        session = self._session
+        if not session.is_async:
+            raise _wrong_kind("async with", "with", session)
+        self._check_transaction()
+        self._place = self._find(session, await session.place())
+        await asyncio.to_thread(self._place.prepare)
+        self._open = True
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._open = False
+        session, place = self._session, self._place
+        if error is not None or not self._events or not session.is_async or place is None:
+            return
+        self._check_transaction()
+        await run_async(place.put(self._events), session.execute)
+        place.woken_after(session)
+
+    def _check_transaction(self) -> None:
+        if self._session.autocommits:
+            raise UsageError(
+                "UL1256", "an outbox needs a transaction: what you write and the events must be one commit",
+                found=f"this {self._session.library} commits each statement by itself", fix=self._session.how_to_begin,
+            )  # fmt: skip
+
+
+def _wrong_kind(used: str, wanted: str, session: AnySession) -> UsageError:
+    kind = "an async" if session.is_async else "a sync"
+    return UsageError(
+        "UL1252", f"app.outbox of {kind} connection is used with `{wanted}`", found=f"`{used}`, {session.library}",
+        fix=f"{wanted} app.outbox(connection) as outbox:",
+    )  # fmt: skip
