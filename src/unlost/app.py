@@ -31,7 +31,7 @@ from unlost.events import Envelope, Event, check_name, seal
 from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
-from unlost.store.connect import is_postgres, place_of, postgres, sqlite_path, store_beside, store_path
+from unlost.store.connect import is_postgres, place_of, postgres, sqlite_path, store_beside, store_id, store_path
 from unlost.store.own_sqlite import OwnSqlite, OwnSqliteOutbox
 from unlost.store.port import Outbox as SomeOutbox
 from unlost.store.port import Store
@@ -190,6 +190,8 @@ class App:
                 store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
                 await store.open()
             hubs = await self._open_outboxes(store, store_url, broker)
+            for service in self.services:
+                await _check_database(service, store)
             for service in self.services:
                 retained = [
                     t for t in sorted(service.topics) if t in self.topics and self.topics[t].retention is not None
@@ -480,6 +482,11 @@ class App:
         while True:
             try:
                 await self.broker.keep_house()
+                if not self.broker.abilities.commits_with_store:
+                    topics = {topic for service in self.services for topic in service.topics}
+                    infos = await self.broker.topics(topics)
+                    starts = {(t.name, n): start for t in infos for n, (start, _) in enumerate(t.ranges)}
+                    await self.store.keep_house(starts, {s.name: s.resends or 0.0 for s in self.services})
             except UnlostError as e:
                 log.error("housekeeping failed; it is tried again: %s", e)
             await asyncio.sleep(HOUSE_SECONDS)
@@ -579,6 +586,28 @@ async def _postgres_store(url: str, broker: Broker, mirror: Mirror | None, world
     store = PostgresStore(settings, broker=broker.identity, mirror=mirror, world=world)
     await store.open()
     return store
+
+
+async def _check_database(service: Service, store: Store) -> None:
+    """Effects once means: the handlers' rows and the mark "handled" are one commit. So they are one database."""
+    once = [h.name for h in service.handlers.values() if h.guarantee == "effectively-once"]
+    if not service.database or not once:
+        return
+    if not is_postgres(service.database):
+        if str(sqlite_path(service.database)) in store.own:
+            return
+        found = "a SQLite file that this App does not know"
+        fix = f"App(outboxes=[{service.database!r}]): inbox and outbox are in that file then"
+    else:
+        id = await asyncio.to_thread(store_id, service.database)
+        if id == store.id:
+            return
+        found = f"its data are in {config.hide_secrets(service.database)} ({'store ' + id if id else 'no tables of unlost'})"
+        fix = "point UNLOST_STORE at the service's database, or use at-least-once and an idempotency key"
+    raise UsageError(
+        "UL1263", f"{service.name!r} has effectively-once handlers whose database is not the store's", found=f"{found}; the store is "
+        f"{store.place}", fix=fix,
+    )  # fmt: skip
 
 
 def _report_to(future: asyncio.Future[None]) -> Callable[[UnlostError], None]:

@@ -73,6 +73,11 @@ class Service:
     - `on_dead`: `park` (default) lets the later events of a key wait behind a dead letter; `skip` lets them go on
       and gives that key's order up.
     - `deadline`: seconds (or "30s") for one attempt. `concurrency`: how many keys are handled at a time.
+    - `database`: the URL of the database where its handlers keep their data, if it is not the store's own file. Checked
+      at the start: effectively-once handlers need it to be the store's.
+    - `resends`: how long producers may send an event again with its id (seconds, or "30d"). Ids are remembered so long at
+      least; an event that occurred earlier and is not known goes to the shelf (`too_old`), because nobody can say
+      whether it was handled. Without it, ids are remembered as long as the log holds their events.
 
     **Guarantee** events of one key are handled in the order of the log, one at a time.
     **After a crash** whatever was not settled is delivered again, to any process of the service.
@@ -90,6 +95,8 @@ class Service:
         deadline: str | float | timedelta = 30.0,
         retry: Retry | None = None,
         concurrency: int = 16,
+        database: str = "",
+        resends: str | float | timedelta | None = None,
     ) -> None:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(
@@ -103,6 +110,8 @@ class Service:
         self.deadline = _checked_deadline(deadline)
         self.retry = retry or Retry()
         self.concurrency = _checked_concurrency(concurrency)
+        self.database = database
+        self.resends = None if resends is None else duration(resends)
         self.catalog = Catalog()
         self.handlers: dict[str, Handler] = {}  # by wire type
         self.topics: set[str] = set()

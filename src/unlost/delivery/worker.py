@@ -216,6 +216,10 @@ class Worker:
             known = d.seen if d.seen is not None else self._recall(inbox)
             if known is not None:
                 return _repeated(inbox, known, d)
+            if self.service.resends is not None and d.arrival.envelope is not None:
+                refused = _too_old(d.arrival.envelope, self.service.resends, self.world.now())
+                if refused is not None:
+                    return refused
         if d.handler.where is not None and not d.handler.where(event):
             return Skip("where")
         return None
@@ -1120,6 +1124,14 @@ def _repeated(inbox: Inbox, known: Known, d: Delivery) -> Fate:
         return DONE if known.place == (unit.topic, unit.partition, d.position) else Skip("duplicate")
     text = f"another event with the id {inbox.id!r} was handled before, and this one differs from it"
     return Dead("id_reused", "IdReused", text, "")
+
+
+def _too_old(e: Envelope, seconds: float, now: int) -> Fate | None:
+    """Older than its service remembers ids: new, or handled long ago? It is not guessed."""
+    if now / 1e6 - e.occurred_at.timestamp() <= seconds:
+        return None
+    text = f"it occurred at {e.time}, and this service remembers ids for {seconds:g} s: it may have been handled before"
+    return Dead("too_old", "", text, "")
 
 
 def _cancelled_by_others() -> UnlostError:

@@ -86,6 +86,14 @@ def place_of(url: str) -> Place:
     return OwnSqlite(sqlite_path(url))
 
 
+def store_id(url: str) -> str:
+    """Of the store in the database behind a `postgresql://` URL; "" where there is none. Blocks."""
+    settings = postgres(url)
+    from unlost.store.postgres.migrate import store_id as look
+
+    return look(settings)
+
+
 def sqlite_path(url: str) -> Path:
     """The file of a `sqlite:///path/shop.db` URL, which is the service's own.
 

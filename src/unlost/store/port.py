@@ -32,6 +32,7 @@ Reason = Literal[
     "id_reused",  # another event had this id
     "process_killed",  # its handler took the process down, again and again
     "too_large",
+    "too_old",  # older than ids are remembered: nobody can say whether it was handled
 ]
 
 
@@ -335,6 +336,10 @@ class Store(Protocol):
     async def progress(self, units: Sequence[Unit]) -> Sequence[Snapshot]:
         """The saved progress of these units, from one snapshot."""
 
+    async def keep_house(self, starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> None:
+        """Lets go of inbox marks that nothing can need any more: of events before the log's first positions (`starts`, by
+        topic and partition), in services whose resends come within so many seconds (`resends`)."""
+
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         """Redrives (shelf -> waiting room, due now) or discards, and says whether the key is free now or still
         stands behind another dead letter."""
@@ -488,5 +493,8 @@ class Records(Protocol):
 
     def size(self, look: Look) -> int:
         """Bytes on the disk."""
+
+    def now(self) -> int:
+        """By the clock that its times are of."""
 
     def close(self) -> None: ...

@@ -92,12 +92,15 @@ class FileRecords:
             "select r.process, p.pid, p.host from unlost_relay r join unlost_process p on p.id = r.process"
         ).fetchone()
         relays = [Relaying(row[1], row[2], 1)] if row is not None and self._remains(row[0]).alive else []
-        age = None if oldest is None else max(0.0, (self.file.world.now() - oldest) / 1e6)
+        age = None if oldest is None else max(0.0, (self.now() - oldest) / 1e6)
         return Accepted(events, copies, age, 0, None, relays, 0 if relays else 1, ())
 
     def size(self, look: Look) -> int:
         path = self.file.path
         return sum(p.stat().st_size for p in (path, path.with_name(path.name + "-wal")) if p.exists())
+
+    def now(self) -> int:
+        return self.file.world.now()
 
     def close(self) -> None:
         """The file belongs to whoever opened it."""

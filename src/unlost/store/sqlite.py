@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -323,6 +323,9 @@ class SqliteStore:
             for unit, row in rows
             if row is not None
         ]  # fmt: skip
+
+    async def keep_house(self, starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> None:
+        """With the log in this file, its trimming takes the marks along; beside another broker they are kept."""
 
     async def carry_out(self, request: Request, epoch: int) -> port.CarriedOut:
         def work(tx: Transaction) -> port.CarriedOut:

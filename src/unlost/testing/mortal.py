@@ -338,6 +338,9 @@ class _MortalStore:
     async def progress(self, units: Sequence[Unit]) -> Sequence[Snapshot]:
         return await self._real.progress(units)
 
+    async def keep_house(self, starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> None:
+        await self._real.keep_house(starts, resends)
+
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         await self._process.alive()
         return await self._real.carry_out(request, epoch)

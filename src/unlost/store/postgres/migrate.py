@@ -33,6 +33,18 @@ def found(settings: Settings) -> int:
         return _found(connection, settings)
 
 
+def store_id(settings: Settings) -> str:
+    """Of the store that is there; "" without any."""
+    with told(settings), Connection.connect(settings.conninfo, autocommit=True) as connection:
+        if _found(connection, settings) == 0:
+            return ""
+        table = psycopg.sql.Identifier(settings.schema, "unlost_meta")
+        row = connection.execute(
+            psycopg.sql.SQL("select value from {} where name = 'store_id'").format(table)
+        ).fetchone()
+        return str(row[0]) if row else ""
+
+
 def _found(connection: Connection[tuple[object, ...]], settings: Settings) -> int:
     schema = settings.schema
     rows = connection.execute(

@@ -58,7 +58,7 @@ class PostgresOutbox:
         self._epochs: dict[int, int] = {}  # shards of this relay
         self._looked = float("-inf")
         self._hands: dict[int, tuple[Unsent, int, int]] = {}  # sent or about to be: row, shard, number
-        self._confirmed: list[int] = []  # the broker has them, the database does not know yet
+        self._confirmed: dict[int, int] = {}  # the broker has these, the database does not know yet: row -> shard
 
     async def claim(self) -> bool:
         """Every relay may have its fair share; a surplus is given up, what nobody alive has is taken."""
@@ -92,7 +92,8 @@ class PostgresOutbox:
         share = -(-SHARDS // (others + 1))
         mine = {shard: epoch for shard, process, epoch, _ in rows if process == me}
         free = [shard for shard, process, _, lives in rows if process is None or not lives]
-        idle = [shard for shard in mine if not any(held == shard for _, held, _ in self._hands.values())]
+        busy = {shard for _, shard, _ in self._hands.values()} | set(self._confirmed.values())
+        idle = [shard for shard in mine if shard not in busy]
         for shard in idle[: max(0, len(mine) - share)]:
             yield "update unlost_relay set process = null where shard = ? and process = ?", (shard, me)
             del mine[shard]
@@ -119,6 +120,7 @@ class PostgresOutbox:
     def _lose(self, shard: int) -> None:
         self._epochs.pop(shard, None)
         self._hands = {n: found for n, found in self._hands.items() if found[1] != shard}
+        self._confirmed = {n: held for n, held in self._confirmed.items() if held != shard}
 
     async def next(self, held: Collection[Lane], limit: int) -> Sequence[Unsent]:
         """Confirms what was sent, and claims what is to be sent next, in one commit."""
@@ -131,11 +133,11 @@ class PostgresOutbox:
         confirmed = list(self._confirmed)
         try:
             rows = await self._client.commit(lambda: self._confirm_and_claim(confirmed, held, 0 if again else limit))
-        except Fenced:
-            self._looked = float("-inf")
-            self._confirmed.clear()  # whoever has the shard now sends them again, and confirms them
+        except Fenced:  # whoever has the shard now sends again what was in our hands, and confirms it
+            self._forget()
             return []
-        del self._confirmed[: len(confirmed)]
+        for number in confirmed:
+            self._confirmed.pop(number, None)
         for found in rows:
             self._hands[found[0].number] = found
         return [row for row, _, _ in again] or [row for row, _, _ in rows]
@@ -200,8 +202,9 @@ class PostgresOutbox:
     async def sent(self, numbers: Sequence[int]) -> None:
         """Kept in memory until the next commit: a crash before it only means that they are sent again."""
         for number in numbers:
-            if self._hands.pop(number, None) is not None:
-                self._confirmed.append(number)
+            found = self._hands.pop(number, None)
+            if found is not None:
+                self._confirmed[number] = found[1]
 
     async def wait(self, seconds: float) -> None:
         await _wait(self._news, min(seconds, POLL_SECONDS))
@@ -219,10 +222,15 @@ class PostgresOutbox:
 
         with contextlib.suppress(Fenced):
             await self._client.commit(steps)
+        self._forget()
+        self._store.wake()
+
+    def _forget(self) -> None:
+        """Begins anew: what the tables say is in our hands is read again."""
+        self._looked = float("-inf")
         self._epochs.clear()
         self._hands.clear()
         self._confirmed.clear()
-        self._store.wake()
 
     async def close(self) -> None:
         self._listener.unsubscribe(self._news)

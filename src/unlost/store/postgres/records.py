@@ -20,6 +20,7 @@ from unlost.store.postgres.rows import units_of
 from unlost.store.postgres.schema import SHARDS, quoted
 from unlost.store.postgres.settings import Settings
 from unlost.store.postgres.startup import check
+from unlost.world import REAL
 
 T = TypeVar("T")
 _reads = msgspec.json.Decoder(list[tuple[str, str, int, int]]).decode
@@ -154,6 +155,9 @@ class PostgresRecords:
             (self.settings.schema,),
         ).fetchone()
         return int(row[0])
+
+    def now(self) -> int:
+        return REAL.now()
 
     def close(self) -> None:
         self._connection.close()

@@ -86,6 +86,26 @@ def seen(service: str, events: Sequence[Inbox]) -> Steps[dict[tuple[str, str], K
     }
 
 
+FORGET_MAX = 5000
+
+
+def forget(starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> Steps[int]:
+    """Removes marks of events that the log does not hold any more; returns how many, at most FORGET_MAX."""
+    rows = yield (
+        "delete from unlost_inbox d using (select i.service, i.source, i.id "
+        "from unnest(?::text[], ?::integer[], ?::bigint[]) as u(topic, partition, start) "
+        "cross join unnest(?::text[], ?::double precision[]) as s(service, seconds) "
+        "join unlost_progress p on p.service = s.service and p.topic = u.topic and p.partition = u.partition "
+        "join unlost_inbox i on i.unit = p.number and i.position < u.start and i.at < extract(epoch from now()) - s.seconds "
+        f"limit {FORGET_MAX}) f where d.service = f.service and d.source = f.source and d.id = f.id returning 1",
+        (
+            [topic for topic, _ in starts], [partition for _, partition in starts], list(starts.values()),
+            list(resends), list(resends.values()),
+        ),
+    )  # fmt: skip
+    return len(rows)
+
+
 _INBOX = {
     "content": "bigint", "position": "bigint", "unit": "integer", "service": "text", "source": "text", "id": "bytea",
 }  # fmt: skip

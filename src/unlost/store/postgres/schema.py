@@ -70,11 +70,13 @@ create table {s}.unlost_epoch (
 -- one whose position was not saved
 create table {s}.unlost_inbox (
     content bigint not null,                  -- hash of type and data: the same id with another content is no duplicate
-    position bigint not null, unit integer not null,  -- of unlost_progress.number
+    position bigint not null, unit integer not null,  -- where it stood; of unlost_progress.number
+    at integer not null default extract(epoch from now())::integer,  -- when it was handled, in seconds
     service text not null, source text not null,
     id bytea not null,                        -- a UUID as its 16 bytes; any other text behind a zero byte
     primary key (service, id, source)
 );
+create index unlost_inbox_place on {s}.unlost_inbox (unit, position);  -- marks go when the log has let go of the event
 
 -- the ledger's list: every event that did not end as done or skipped, one by one
 create table {s}.unlost_ledger (

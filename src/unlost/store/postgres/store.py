@@ -353,6 +353,11 @@ class PostgresStore:
 
         return await self.client.read(steps())
 
+    async def keep_house(self, starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> None:
+        moved = {place: start for place, start in starts.items() if start > 0}
+        while moved and await self.client.commit(lambda: rows.forget(moved, resends)) == rows.FORGET_MAX:
+            pass  # there may be more: in small commits, so that nobody waits for them
+
     async def carry_out(self, request: Request, epoch: int) -> CarriedOut:
         def steps() -> Steps[CarriedOut]:
             row = yield from one(f"select epoch from unlost_progress where {rows.UNIT} for update", request.unit)
