@@ -210,10 +210,10 @@ class Log(Protocol):
         positions without one."""
 
     def digest(
-        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+        self, topic: str, partition: int, start: int, before: int | None, runs: Sequence[tuple[int, int]]
     ) -> int | None:
         """XOR of the event hashes of these runs, where the log can say so without being read; `before` is that of all
-        positions below `start`."""
+        positions below `start`, if anybody has noted it."""
 
     def verify(self, limit: int) -> Sequence[str]:
         """Checks every stored event, where the log can do that better than by reading it; what is wrong, at most so

@@ -27,33 +27,45 @@ from unlost.store.port import Inbox, Known, Lane, OwnPlace, Settlement, Unsent
 from unlost.store.session_blocks import Rules
 from unlost.store.sessions.port import AnySession
 from unlost.store.steps import Steps, one
+from unlost.world import REAL
 
 log = logging.getLogger("unlost.outbox")
 
 POLL_SECONDS = 0.02
 BUSY_SECONDS = 5.0
 SAFE = ((3, 44, 6), (3, 50, 7), (3, 51, 3))  # releases in which the WAL-reset bug is mended (sqlite.org/wal.html)
-TABLES = """
-create table if not exists unlost_outbox (
+TABLES = (
+    """create table if not exists unlost_outbox (
     seq integer primary key autoincrement,
     id text not null, aggregatetype text not null, aggregateid blob, type text not null, payload blob,
     head blob not null,                     -- CloudEvents attributes, JSON
-    added text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-);
-create table if not exists unlost_outbox_status (
+    added integer not null                  -- microseconds since 1970
+)""",
+    """create table if not exists unlost_outbox_status (
     seq integer primary key,                -- of unlost_outbox
     number integer not null unique          -- counts the events that were ever sent, without a gap
-);
-create table if not exists unlost_outbox_next (number integer not null);
-insert into unlost_outbox_next select 1 where not exists (select 1 from unlost_outbox_next);
-create table if not exists unlost_inbox (
+)""",
+    """create table if not exists unlost_outbox_next (number integer not null)""",
+    """insert into unlost_outbox_next select 1 where not exists (select 1 from unlost_outbox_next)""",
+    """create table if not exists unlost_inbox (
     service text not null, source text not null, id text not null,
     content integer not null,               -- hash of type and data
     topic text not null, partition integer not null, position integer not null,  -- where the event stood
     primary key (service, source, id)
-) without rowid;
-"""
-_PUT = "insert into unlost_outbox (id, aggregatetype, aggregateid, type, payload, head) values (?, ?, ?, ?, ?, ?)"
+) without rowid""",
+)
+_LAST = "select 1 from sqlite_master where type = 'table' and name = 'unlost_inbox'"
+
+
+def _make_tables() -> Steps[None]:
+    """In the user's own transaction, whenever they are not there: a rollback takes them back as well."""
+    there = yield _LAST, ()
+    if not there:
+        for statement in TABLES:
+            yield statement, ()
+
+
+_PUT = "insert into unlost_outbox (id, aggregatetype, aggregateid, type, payload, head, added) values (?, ?, ?, ?, ?, ?, ?)"
 
 
 class OwnSqlite:
@@ -65,14 +77,13 @@ class OwnSqlite:
             UsageError: the file is one of ours, or cannot be used.
         """
         self.path = path.resolve()
-        self._made = False
+        self._looked = False
 
     def prepare(self) -> None:
-        """Makes the tables where they are not there yet. Blocks."""
-        if self._made:
+        """Looks whether it is a database, and a safe one, the first time. Blocks."""
+        if self._looked:
             return
         with contextlib.closing(connect(self.path)) as connection:
-            connection.executescript(TABLES)
             mode = connection.execute("pragma journal_mode").fetchone()[0]
         if mode == "wal" and not _is_safe():
             log.warning(
@@ -80,11 +91,13 @@ class OwnSqlite:
                 "(mended in 3.51.3). Set `pragma journal_mode = delete` on %s, or use a newer Python",
                 sqlite3.sqlite_version, self.path,
             )  # fmt: skip
-        self._made = True
+        self._looked = True
 
     def put(self, envelopes: Sequence[Envelope]) -> Steps[None]:
+        yield from _make_tables()
+        now = REAL.now()
         for e in envelopes:
-            yield _PUT, (e.id, e.topic, e.key, e.type, e.data, encode_head(e))
+            yield _PUT, (e.id, e.topic, e.key, e.type, e.data, encode_head(e), now)
 
     def woken_after(self, session: AnySession) -> None:
         """The relay looks often enough: looking costs it nothing."""
@@ -106,6 +119,7 @@ class OwnRules:
         return sql
 
     def enter(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Steps[Known | None]:
+        yield from _make_tables()
         if inbox is None:
             return None
         row = yield from one(
@@ -204,6 +218,8 @@ class OwnSqliteOutbox:
         try:
             if self._confirmed:
                 self._in_one(self._confirm)
+            if self._connection.execute(_LAST).fetchone() is None:
+                return []  # nobody has published here yet
             after, chosen = 0, list[Unsent]()
             while not chosen:
                 rows = self._page(after, limit)

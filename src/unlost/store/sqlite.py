@@ -113,6 +113,8 @@ class SqliteStore:
 
         def work(tx: Transaction) -> None:
             _check_broker(tx, self._elsewhere)
+            if tx.one("select 1 from unlost_follower where service = ? limit 1", (service,)) is not None:
+                raise _progress_elsewhere(service, "in another store")
             row = tx.one("select policy from unlost_service where name = ?", (service,))
             if row is None:
                 tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
@@ -528,6 +530,14 @@ def _check_broker(tx: Transaction, identity: str) -> None:
             f"{identity or 'the embedded broker'}",
             fix="give each broker its own store (UNLOST_STORE=embedded:///path/store.db), or go back to the broker it was used with",
         )  # fmt: skip
+
+
+def _progress_elsewhere(service: str, where: str) -> UsageError:
+    """A service's progress is kept in one place, for good: with another store it would handle everything again."""
+    return UsageError(
+        "UL1135", f"the progress of {service!r} is kept {where}", found="another UNLOST_STORE than the service began with",
+        fix="go back to it; or give the service another name, and it begins anew with all that the log holds",
+    )  # fmt: skip
 
 
 def _know(tx: Transaction, service: str, topic: TopicInfo) -> None:

@@ -288,9 +288,10 @@ def _check_store(tx: Transaction, service: str, *, elsewhere: bool) -> None:
     else:
         found = tx.one("select 1 from unlost_follower where service = ? limit 1", (service,))
     if found is not None:
-        here = "in the broker's own file" if elsewhere else "in another store"
+        where = "in the broker's own file" if elsewhere else "in another store"
         raise UsageError(
-            "UL1135", f"the progress of {service!r} is kept {here}", found="another UNLOST_STORE than the service began with",
+            "UL1135", f"the progress of {service!r} is kept {where}",
+            found="another UNLOST_STORE than the service began with",
             fix="go back to it; or give the service another name, and it begins anew with all that the log holds",
         )  # fmt: skip
 

@@ -120,7 +120,7 @@ class EmbeddedLog:
         return self._file.read(work)
 
     def digest(
-        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+        self, topic: str, partition: int, start: int, before: int | None, runs: Sequence[tuple[int, int]]
     ) -> int | None:
         """Each row holds the XOR of all rows up to it, so two look-ups per run suffice."""
 
@@ -264,12 +264,12 @@ def _holes(c: apsw.Connection, number: int) -> list[tuple[int, int]]:
 
 
 def _digest(
-    c: apsw.Connection, number: int, start: int, start_digest: int, runs: Sequence[tuple[int, int]]
+    c: apsw.Connection, number: int, start: int, start_digest: int | None, runs: Sequence[tuple[int, int]]
 ) -> int | None:
     low = number << POSITION_BITS
 
     def upto(position: int) -> int | None:
-        if position == start:
+        if position == start and start_digest is not None:
             return start_digest
         row = c.execute("select digest from unlost_log where at = ?", (low | (position - 1),)).fetchone()
         if row is not None:

@@ -184,7 +184,7 @@ class KafkaLog:
         return ()  # markers of transactions take positions as well
 
     def digest(
-        self, topic: str, partition: int, start: int, before: int, runs: Sequence[tuple[int, int]]
+        self, topic: str, partition: int, start: int, before: int | None, runs: Sequence[tuple[int, int]]
     ) -> int | None:
         return None
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, AsyncPipeline, sql
-from psycopg_pool import AsyncConnectionPool
+from psycopg_pool import AsyncConnectionPool, PoolClosed
 
 from unlost.errors import OutcomeUnknown, Unavailable, UnlostError
 from unlost.store.postgres.schema import quoted
@@ -25,7 +25,10 @@ log = logging.getLogger("unlost.store")
 T = TypeVar("T")
 
 OWN_MAX = 4
-POOL_SECONDS = 10.0
+OWN_SECONDS = 3.0  # how long a connection of our own is waited for
+LENT_SECONDS = 10.0  # and one for a handler: others may hold them all
+GIVE_UP_SECONDS = 1.0  # of making a connection: whoever needs one asks again
+SAY_SECONDS = 20.0
 FATE_SECONDS = 60.0  # how long it is asked what became of a commit whose answer was lost
 ASK_AGAIN_SECONDS = 0.2
 Connection = AsyncConnection[tuple[Any, ...]]
@@ -37,13 +40,14 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.schema = quoted(settings.schema)
-        self._own = self._pool(OWN_MAX)
-        self.lent = self._pool(settings.pool)
+        self._own = self._pool(OWN_MAX, OWN_SECONDS)
+        self.lent = self._pool(settings.pool, LENT_SECONDS)
+        self._weeding: asyncio.Task[None] | None = None
 
-    def _pool(self, size: int) -> AsyncConnectionPool[Connection]:
+    def _pool(self, size: int, seconds: float) -> AsyncConnectionPool[Connection]:
         return AsyncConnectionPool(
-            self.settings.conninfo, min_size=0, max_size=size, open=False, timeout=POOL_SECONDS, configure=_configure,
-            reconnect_timeout=2.0, max_idle=60.0,
+            self.settings.conninfo, min_size=0, max_size=size, open=False, timeout=seconds, configure=_configure,
+            reconnect_timeout=GIVE_UP_SECONDS, max_idle=60.0,
         )  # fmt: skip
 
     async def open(self) -> None:
@@ -51,8 +55,21 @@ class Client:
         await self.lent.open()
 
     async def close(self) -> None:
+        if self._weeding is not None:
+            self._weeding.cancel()
+            await asyncio.gather(self._weeding, return_exceptions=True)
         await self._own.close()
         await self.lent.close()
+
+    def weed(self) -> None:
+        """One connection was lost: others that lie in the pools may be dead as well, after a restart of the server."""
+        if self._weeding is None or self._weeding.done():
+            self._weeding = asyncio.create_task(self._weed())
+
+    async def _weed(self) -> None:
+        for pool in (self._own, self.lent):
+            with contextlib.suppress(psycopg.Error, PoolClosed):
+                await pool.check()
 
     async def connect(self) -> Connection:
         """A connection of its own; every statement is a transaction."""
@@ -98,6 +115,7 @@ class Client:
                     await connection.execute("commit")
                     return result
         except Unavailable as e:
+            self.weed()
             if transaction and await self._happened(transaction, e):
                 return result
             raise
@@ -177,6 +195,7 @@ class Listener:
         self._task: asyncio.Task[None] | None = None
         self._heard: set[asyncio.Event] = set()
         self._connection: Connection | None = None
+        self._said = float("-inf")
 
     async def open(self) -> None:
         self._connection = await self._connect()
@@ -206,9 +225,15 @@ class Listener:
                     async for _ in self._connection.notifies():
                         self.ring()
             except UnlostError as e:
-                log.warning("the session with the store was lost; it is made again: %s", e)
+                self._say(e)
             await self._drop()
             await asyncio.sleep(ASK_AGAIN_SECONDS)
+
+    def _say(self, error: UnlostError) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said > SAY_SECONDS:
+            self._said = now
+            log.warning("the session with the store was lost; it is made again: %s", error)
 
     def ring(self) -> None:
         for event in self._heard:
