@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from test_embedded import broker_result, store_result
+from test_postgres import postgres_result
 
 from servers.kafka import Kafka
+from servers.postgres import Postgres
 from unlost.testing import BROKER_SCENARIOS, STORE_SCENARIOS, check_broker
 from unlost.testing.conformance import Result
 from unlost.testing.conformance_broker import abilities_of
@@ -39,14 +41,13 @@ def test_the_clusters_own_assignment(name: str, kafka: Kafka) -> None:
     kafka_result(name, f"{kafka.url}?group.protocol=consumer").confirm()
 
 
-def test_the_table_in_the_docs_is_current(tmp_path: Path, kafka: Kafka) -> None:
-    """If not: `python tests/conformance/test_kafka.py`, which starts a cluster for it."""
-    assert (DOCS / "broker-promises.md").read_text() == current(
-        tmp_path, f"{kafka.url}?session.timeout.ms={SESSION_MS}"
-    )
+def test_the_table_in_the_docs_is_current(tmp_path: Path, kafka: Kafka, postgres: Postgres) -> None:
+    """If not: `python tests/conformance/test_kafka.py`, which starts the servers for it."""
+    url = f"{kafka.url}?session.timeout.ms={SESSION_MS}"
+    assert (DOCS / "broker-promises.md").read_text() == current(tmp_path, url, postgres)
 
 
-def current(folder: Path, url: str) -> str:
+def current(folder: Path, url: str, postgres: Postgres) -> str:
     embedded = asyncio.run(abilities_of(f"embedded://{folder}/events.db"))
     brokers = [
         Column("embedded", [broker_result(s.name) for s in BROKER_SCENARIOS], embedded),
@@ -54,12 +55,16 @@ def current(folder: Path, url: str) -> str:
             "kafka, one node", [kafka_result(s.name, url) for s in BROKER_SCENARIOS], asyncio.run(abilities_of(url))
         ),
     ]
-    return table(brokers, [Column("embedded", [store_result(s.name) for s in STORE_SCENARIOS])])
+    stores = [
+        Column("file", [store_result(s.name) for s in STORE_SCENARIOS]),
+        Column("postgresql", [postgres_result(s.name, postgres) for s in STORE_SCENARIOS]),
+    ]
+    return table(brokers, stores)
 
 
 if __name__ == "__main__":
     import tempfile
 
-    with Kafka.start() as cluster, tempfile.TemporaryDirectory() as temporary:
-        text = current(Path(temporary), f"{cluster.url}?session.timeout.ms={SESSION_MS}")
+    with Kafka.start() as cluster, Postgres.start() as server, tempfile.TemporaryDirectory() as temporary:
+        text = current(Path(temporary), f"{cluster.url}?session.timeout.ms={SESSION_MS}", server)
         (DOCS / "broker-promises.md").write_text(text)

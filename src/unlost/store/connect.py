@@ -18,6 +18,7 @@ from unlost.store.sqlite import Mirror, SqliteStore
 
 if TYPE_CHECKING:
     from unlost.store.postgres.door import PostgresDoor
+    from unlost.store.postgres.facts import Facts
     from unlost.store.postgres.settings import Settings
 
     Place = PostgresDoor | OwnSqlite
@@ -120,6 +121,18 @@ def records(url: str) -> Records:
     from unlost.store.postgres.records import PostgresRecords
 
     return PostgresRecords(settings)
+
+
+def examine(url: str) -> Facts:
+    """What can be seen of the database behind a `postgresql://` URL, whether it is a store or not.
+
+    Raises:
+        UsageError: it does not let us in. Unavailable: nobody answers.
+    """
+    settings = postgres(url)
+    from unlost.store.postgres.examine import examine as look
+
+    return look(settings)
 
 
 __all__ = [

@@ -20,10 +20,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unlost.errors import Bug, Fenced, Misconfigured, Unavailable, UsageError
+from unlost.errors import Bug, Misconfigured, Unavailable, UsageError
 from unlost.events import Envelope, decode_head, encode_head
 from unlost.events.topic import Unit
 from unlost.store.port import Inbox, Known, Lane, OwnPlace, Settlement, Unsent
+from unlost.store.postgres.rows import handled_meanwhile
 from unlost.store.session_blocks import Rules
 from unlost.store.sessions.port import AnySession
 from unlost.store.steps import Steps, one
@@ -139,7 +140,7 @@ class OwnRules:
                 (unit.service, mark.source, mark.id, mark.content, unit.topic, unit.partition, o.arrival.position),
             )
             if not found:
-                raise Fenced("UL2102", f"{unit}:{o.arrival.position} was handled by another owner in this moment")
+                raise handled_meanwhile(f"{unit}:{o.arrival.position}")
         yield from self._place.put(o.publishes)
 
     def meaning(self, error: Exception) -> Exception | None:

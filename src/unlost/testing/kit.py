@@ -32,6 +32,7 @@ from unlost.ops import shelf
 from unlost.ops.books import books, name_missing
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.store.port import DeadLetter
+from unlost.store.records import FileRecords
 from unlost.testing.clock import VirtualWorld
 from unlost.testing.mortal import CrashPoint, MortalProcess, Step
 
@@ -68,9 +69,10 @@ async def running(
     if app._entered:
         raise UsageError("UL1290", "this App is connected already", fix="give `running` an App that nobody has entered")
     folder = Path(tempfile.mkdtemp(prefix="unlost-test-"))
-    before = app.world, app.broker_url
+    before = app.world, app.broker_url, app.store_url
     world = VirtualWorld(seed)
-    app.world, app.broker_url = world, f"embedded://{folder / 'events.db'}"
+    app.world = world
+    app.broker_url = app.store_url = f"embedded://{folder / 'events.db'}"  # whatever UNLOST_STORE says
     try:
         async with app:
             t = Running(app, world, folder, patience)
@@ -87,7 +89,7 @@ async def running(
             if check_books:
                 t.check_books()
     finally:
-        app.world, app.broker_url = before
+        app.world, app.broker_url, app.store_url = before
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
@@ -157,9 +159,9 @@ class Running:
         await self._ask("discard", letter, reason)
 
     async def _ask(self, action: shelf.Action, letter: DeadLetter, reason: str) -> None:
-        file = self.app.file
+        records = self._records
         await asyncio.to_thread(
-            lambda: shelf.ask(file, action, [letter], operator="test", reason=reason, wait_seconds=0.0)
+            lambda: shelf.ask(records, action, [letter], operator="test", reason=reason, wait_seconds=0.0)
         )
 
     # --- waiting -----------------------------------------------------------------------------------------
@@ -314,7 +316,7 @@ class Running:
     @property
     def books(self) -> Books:
         """The books as they are now."""
-        return books(self.app.file)
+        return books(self._records)
 
     def check_books(self) -> None:
         """
@@ -326,7 +328,7 @@ class Running:
             return
         names = [
             f"{m.service} {m.topic}/{m.partition}:{m.position} {m.type} {m.id}: {m.why}; last seen {m.last_seen}"
-            for m in name_missing(self.app.file, found.missing, 20)
+            for m in name_missing(self._records, found.missing, 20)
         ]
         text = "\n  ".join([*names, *found.findings[:20], *found.unaccountable[:20]])
         raise AssertionError(f"the books do not balance: {found.unaccounted} events are unaccounted for\n  {text}")
@@ -339,7 +341,7 @@ class Running:
         """
         found = [
             msgspec.structs.replace(letter, reason=letter.error) if letter.reason == "rejected" else letter
-            for letter in shelf.letters(self.app.file)
+            for letter in shelf.letters(self._records)
         ]
         if what is None:
             return found
@@ -380,6 +382,10 @@ class Running:
         """How often processes of this service were killed."""
         name = service.name if isinstance(service, Service) else service
         return sum(p.deaths for p in self._processes.get(name, ()))
+
+    @property
+    def _records(self) -> FileRecords:
+        return FileRecords(self.app.file)
 
     def _find(self, what: Callable[..., Any] | Service | str) -> tuple[str, Handler | None]:
         if isinstance(what, Service):

@@ -1,7 +1,8 @@
 """The table "which promise holds on which broker", from the results of the suites.
 
 `python -m unlost.testing.promises docs/broker-promises.md` checks the embedded broker and its store and writes the
-table; every URL given after the file is checked as a broker too and gets a column of its own.
+table; every URL given after the file is checked too, as a broker or (`postgresql://…`, with the tables made) as a store,
+and gets a column of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unlost.brokers.port import Abilities
+from unlost.store.connect import is_postgres
 from unlost.testing.conformance import Result
 from unlost.testing.conformance_broker import abilities_of, check_broker
 from unlost.testing.conformance_store import check_store
@@ -82,7 +84,7 @@ async def embedded_columns() -> tuple[Column, Column]:
     with tempfile.TemporaryDirectory() as folder:
         url = f"embedded://{folder}/broker/events.db"
         broker = Column("embedded", await check_broker(url), await abilities_of(url))
-        return broker, Column("embedded", await check_store(f"embedded://{folder}/store/events.db"))
+        return broker, Column("file", await check_store(f"embedded://{folder}/store/events.db"))
 
 
 async def broker_column(url: str) -> Column:
@@ -90,9 +92,19 @@ async def broker_column(url: str) -> Column:
     return Column(abilities.name, await check_broker(url), abilities)
 
 
+async def store_column(url: str) -> Column:
+    from unlost.testing.postgres_rig import postgres_at  # its driver is an extra
+
+    return Column("postgresql", await check_store(url, postgres_at))
+
+
 async def all_columns(urls: Sequence[str]) -> tuple[list[Column], list[Column]]:
     broker, store = await embedded_columns()
-    return [broker, *[await broker_column(url) for url in urls]], [store]
+    databases = [url for url in urls if is_postgres(url)]
+    return (
+        [broker, *[await broker_column(url) for url in urls if url not in databases]],
+        [store, *[await store_column(url) for url in databases]],
+    )
 
 
 def main(out: Path, urls: Sequence[str]) -> int:

@@ -19,10 +19,10 @@ from unlost.errors import Misconfigured, StatementFailed, Unavailable, UsageErro
 from unlost.events.topic import Unit
 from unlost.store.port import Inbox, Known, Settlement
 from unlost.store.postgres import rows
-from unlost.store.postgres.client import Client, statement, told
+from unlost.store.postgres.client import Client, call, told
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
-from unlost.store.steps import Rows, Steps, in_schema, one, run, run_async, with_percent
+from unlost.store.steps import Rows, Steps, in_schema, one, run, run_async
 
 _OF_THE_BLOCK = re.compile(
     r"\s*(begin|commit|rollback|abort|end|savepoint|release|start\s+transaction|prepare\s+transaction|set\s+session|"
@@ -115,7 +115,7 @@ class LentBlock:
         async with self._lock:
             connection = self._open()
             try:
-                cursor = await connection.execute(with_percent(sql), bindings or None)
+                cursor = await connection.execute(*call(sql, bindings))
                 return await cursor.fetchall() if cursor.description is not None else []
             except (psycopg.Error, OSError) as e:
                 raise _failed(e, sql, self._client.settings) from e
@@ -199,7 +199,7 @@ class SyncLentBlock:
 
     def _execute(self, text: str, bindings: Sequence[Any] = ()) -> Rows:
         assert self._connection is not None
-        cursor = self._connection.execute(statement(text, self._schema), bindings or None)
+        cursor = self._connection.execute(*call(in_schema(text, self._schema), bindings))
         return cursor.fetchall() if cursor.description is not None else []
 
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
@@ -207,7 +207,7 @@ class SyncLentBlock:
         if self._connection is None:
             raise _not_open()
         try:
-            cursor = self._connection.execute(with_percent(sql), bindings or None)
+            cursor = self._connection.execute(*call(sql, bindings))
             return cursor.fetchall() if cursor.description is not None else []
         except (psycopg.Error, OSError) as e:
             raise _failed(e, sql, self._settings) from e

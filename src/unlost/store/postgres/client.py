@@ -81,7 +81,7 @@ class Client:
         cursor = connection.cursor()
 
         async def execute(text: str, bindings: Sequence[Any] = ()) -> Rows:
-            await cursor.execute(statement(text, self.schema), bindings or None)
+            await cursor.execute(*call(in_schema(text, self.schema), bindings))
             if pipeline is not None:
                 await pipeline.sync()
             return await cursor.fetchall() if cursor.description is not None else []
@@ -168,8 +168,13 @@ async def _configure(connection: Connection) -> None:
 
 
 def statement(text: str, schema: str) -> Any:
-    """One of our statements as the driver wants it."""
+    """One of our statements as the driver wants it, with bindings."""
     return with_percent(in_schema(text, schema))
+
+
+def call(text: str, bindings: Any) -> tuple[Any, Any]:
+    """What the driver is given. Without bindings it takes the text as it is: `%` and `?` are operators then."""
+    return (with_percent(text), bindings) if bindings else (text, None)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,8 @@ class PostgresDoor:
 
     def _connected(self) -> Connection[tuple[object, ...]]:
         if self._connection is None or self._connection.closed or self._connection.broken:
-            self._connection = Connection.connect(self._settings.conninfo, autocommit=True)
+            # through a pooler that shares sessions as well, where a prepared statement would be in another one
+            self._connection = Connection.connect(self._settings.conninfo, autocommit=True, prepare_threshold=None)
         return self._connection
 
     def put(self, envelopes: Sequence[Envelope]) -> Steps[None]:

@@ -130,7 +130,7 @@ class _Examiner:
             limits.append((own, role_limit, f"connection limit of the role {found.role}"))
         if database_limit >= 0:
             limits.append((here, database_limit, "connection limit of the database"))
-        found.used, found.limit, found.limit_of = max(limits, key=lambda l: l[0] / max(1, l[1]))
+        found.used, found.limit, found.limit_of = max(limits, key=lambda of: of[0] / max(1, of[1]))
 
     def _tables(self, found: Facts) -> None:
         there = {
