@@ -314,7 +314,7 @@ class Sqlite3(Program):
     errors = "sqlite3"
 
     def open(self, *, autocommit: bool = False) -> Program:
-        self.connection = sqlite3.connect(self.url, isolation_level=None if autocommit else "", timeout=0.1)
+        self.connection = sqlite3.connect(self.url, isolation_level=None if autocommit else "DEFERRED", timeout=0.1)
         self._ends.append(self.connection.close)
         return self
 

@@ -24,8 +24,7 @@ from unlost.errors import Bug, Misconfigured, Unavailable, UsageError
 from unlost.events import Envelope, decode_head, encode_head
 from unlost.events.topic import Unit
 from unlost.store.port import Inbox, Known, Lane, OwnPlace, Settlement, Unsent
-from unlost.store.postgres.rows import handled_meanwhile
-from unlost.store.session_blocks import Rules
+from unlost.store.session_blocks import Rules, handled_meanwhile
 from unlost.store.sessions.port import AnySession
 from unlost.store.steps import Steps, one
 from unlost.world import REAL
@@ -56,12 +55,17 @@ TABLES = (
 ) without rowid""",
 )
 _LAST = "select 1 from sqlite_master where type = 'table' and name = 'unlost_inbox'"
+# A write that changes nothing takes the file's lock, and waits for it. Whoever has read before may be refused at once.
+_LOCK = "delete from unlost_inbox where 0"
 
 
-def _make_tables() -> Steps[None]:
-    """In the user's own transaction, whenever they are not there: a rollback takes them back as well."""
-    there = yield _LAST, ()
-    if not there:
+def _make_ready() -> Steps[None]:
+    """The lock is this transaction's, and the tables are there: a rollback takes back those that were made."""
+    try:
+        yield _LOCK, ()
+    except Exception as e:  # of whichever library
+        if "no such table" not in str(e):
+            raise
         for statement in TABLES:
             yield statement, ()
 
@@ -84,8 +88,13 @@ class OwnSqlite:
         """Looks whether it is a database, and a safe one, the first time. Blocks."""
         if self._looked:
             return
-        with contextlib.closing(connect(self.path)) as connection:
-            mode = connection.execute("pragma journal_mode").fetchone()[0]
+        try:
+            with contextlib.closing(connect(self.path, busy_seconds=0)) as connection:
+                mode = connection.execute("pragma journal_mode").fetchone()[0]
+        except Unavailable as e:
+            if isinstance(e.__cause__, sqlite3.Error) and e.__cause__.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                return  # perhaps by the very transaction that the events are for: another time
+            raise
         if mode == "wal" and not _is_safe():
             log.warning(
                 "UL1259: SQLite %s, which this Python has, can lose commits of a WAL file that several connections use "
@@ -95,7 +104,7 @@ class OwnSqlite:
         self._looked = True
 
     def put(self, envelopes: Sequence[Envelope]) -> Steps[None]:
-        yield from _make_tables()
+        yield from _make_ready()
         now = REAL.now()
         for e in envelopes:
             yield _PUT, (e.id, e.topic, e.key, e.type, e.data, encode_head(e), now)
@@ -120,7 +129,7 @@ class OwnRules:
         return sql
 
     def enter(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Steps[Known | None]:
-        yield from _make_tables()
+        yield from _make_ready()
         if inbox is None:
             return None
         row = yield from one(
@@ -171,14 +180,14 @@ def _is_safe() -> bool:
     return found >= SAFE[-1] or any(found[:2] == safe[:2] and found >= safe for safe in SAFE)
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
     """A connection of ours to a file of the user's.
 
     Raises:
         UsageError: it is no database. Unavailable: it cannot be opened now.
     """
     try:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
         connection.execute("pragma synchronous = full")
         connection.execute("select count(*) from sqlite_master").fetchone()
     except sqlite3.DatabaseError as e:

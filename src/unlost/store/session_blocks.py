@@ -159,6 +159,13 @@ class SyncSessionBlock:
                 self._session.rollback()
 
 
+def handled_meanwhile(place: str) -> Unavailable:
+    """By an owner that has slept through its replacement, or as a duplicate in another partition: the next attempt knows."""
+    return Unavailable(
+        "UL2017", f"{place}: an event with this id was handled elsewhere in this moment; it is tried again"
+    )
+
+
 @contextlib.contextmanager
 def _told(session: AsyncSession | SyncSession, rules: Rules) -> Iterator[None]:
     """What the user's driver says of our statements: try again, wrong database, or a failure of its own."""

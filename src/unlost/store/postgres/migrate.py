@@ -13,6 +13,7 @@ from unlost.store.postgres.client import told
 from unlost.store.postgres.schema import FORMAT, GRANTS, quoted, statements
 from unlost.store.postgres.settings import Settings
 from unlost.store.postgres.startup import foreign
+from unlost.world import REAL
 
 
 def script(settings: Settings, found: int = 0, role: str = "") -> str:
@@ -66,8 +67,9 @@ def _found(connection: Connection[tuple[object, ...]], settings: Settings) -> in
     return format
 
 
-def migrate(settings: Settings, role: str = "") -> tuple[int, int]:
+def migrate(settings: Settings, role: str = "", *, operator: str = "", reason: str = "") -> tuple[int, int]:
     """Runs what is missing, in one transaction; returns the formats before and after. `role` gets the rights of a service.
+    Who has done it is recorded in the same transaction.
 
     Raises:
         UsageError: the tables are foreign or newer, or the right to create is missing. Unavailable: nobody answers.
@@ -78,14 +80,38 @@ def migrate(settings: Settings, role: str = "") -> tuple[int, int]:
                 "select pg_advisory_xact_lock(%s, 0)", (settings.lock_class,)
             )  # two at once: one after the other
             before = _found(connection, settings)
+            there = connection.execute("select 1 from pg_namespace where nspname = %s", (settings.schema,)).fetchone()
             try:
                 for part in statements(settings.schema, before):
+                    if there and part.startswith("create schema"):
+                        continue  # its owner may lack the right to make one
                     connection.execute(part)
                 if role:
                     connection.execute(GRANTS.format(s=quoted(settings.schema), role=quoted(role)))
+                if before != FORMAT or role:
+                    _record(connection, settings, before, role, operator, reason)
             except psycopg.errors.InsufficientPrivilege as e:
                 raise UsageError(
                     "UL1162", "making the tables needs more rights than this role has", found=str(e).strip().partition("\n")[0],
                     fix="run it as the owner of the database, or hand the output of unlost store migrate --sql to its administrator",
                 ) from e  # fmt: skip
+            except psycopg.errors.UndefinedObject as e:
+                raise UsageError(
+                    "UL1167", "there is no such database or role", found=str(e).strip().partition("\n")[0],
+                    fix=f"create role {quoted(role)} login password …",
+                ) from e  # fmt: skip
         return before, FORMAT
+
+
+def _record(
+    connection: Connection[tuple[object, ...]], settings: Settings, before: int, role: str, operator: str, reason: str
+) -> None:
+    now = REAL.now()
+    done = f"format {before} to {FORMAT}" + (f", rights for {role}" if role else "")
+    connection.execute(
+        psycopg.sql.SQL(
+            "insert into {}.unlost_operation (at, operator, action, reason, service, topic, partition, position, id, "
+            "carried_out, result) values (%s, %s, 'migrate', %s, '', '', 0, 0, '', %s, %s)"
+        ).format(psycopg.sql.Identifier(settings.schema)),
+        (now, operator, reason, now, done),
+    )

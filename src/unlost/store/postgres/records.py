@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,6 +26,22 @@ T = TypeVar("T")
 _reads = msgspec.json.Decoder(list[tuple[str, str, int, int]]).decode
 
 
+class _NoRows:
+    """Of a statement that returns none: the driver would refuse to be asked."""
+
+    def fetchone(self) -> None:
+        return None
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        return []
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(())
+
+
+_NO_ROWS = _NoRows()
+
+
 class _Look:
     """One transaction."""
 
@@ -34,7 +50,8 @@ class _Look:
         self._schema = schema
 
     def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Any:
-        return self._connection.execute(statement(sql, self._schema), bindings or None)
+        cursor = self._connection.execute(statement(sql, self._schema), bindings)
+        return cursor if cursor.description is not None else _NO_ROWS
 
 
 class PostgresRecords:

@@ -12,12 +12,13 @@ from typing import Any
 
 import msgspec
 
-from unlost.errors import Fenced, Unavailable, UsageError, invariant
+from unlost.errors import Fenced, UsageError, invariant
 from unlost.events import Envelope, decode_head, encode_head
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.store.port import Attempt, Death, Inbox, Known, Mirrored, Outcome, Settlement, Taken, Waiting
 from unlost.store.postgres.schema import SHARDS
 from unlost.store.progress import Progress, Runs
+from unlost.store.session_blocks import handled_meanwhile
 from unlost.store.steps import Rows, Steps, one
 from unlost.world import rfc3339
 
@@ -518,13 +519,6 @@ def finish(settlement: Settlement) -> Steps[None]:
         raise fenced(unit, None, settlement.epoch)
     if not marked:
         raise handled_meanwhile(f"{unit}:{o.arrival.position}")
-
-
-def handled_meanwhile(place: str) -> Unavailable:
-    """By an owner that has slept through its replacement, or as a duplicate in another partition: the next attempt knows."""
-    return Unavailable(
-        "UL2017", f"{place}: an event with this id was handled elsewhere in this moment; it is tried again"
-    )
 
 
 def fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:

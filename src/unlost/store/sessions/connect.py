@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unlost.errors import UsageError
+from unlost.errors import Misconfigured
 from unlost.store.sessions.port import AsyncSession, SyncSession
 
 _KNOWN = (
@@ -39,7 +39,7 @@ def of(connection: object) -> SyncSession | AsyncSession:
     """Its adapter.
 
     Raises:
-        UsageError: it is none of what is supported, or belongs to several databases.
+        Misconfigured: it is none of what is supported, or belongs to several databases.
     """
     found: Any = connection
     names = _names(found)
@@ -75,7 +75,7 @@ def of(connection: object) -> SyncSession | AsyncSession:
         from unlost.store.sessions.with_sqlite3 import Sqlite3
 
         return Sqlite3(found)
-    raise UsageError(
+    raise Misconfigured(
         "UL1251", f"unlost writes through {_KNOWN}", found=_described(found), fix=_way_out(found, names)
     )  # fmt: skip
 

@@ -80,7 +80,7 @@ class SyncSession(Session, Protocol):
         """Rolls back what `begin` has begun, if it is still there."""
 
     def place(self) -> str:
-        """Of a SQLite database: the absolute path of its file, "" in memory. Of others: ""."""
+        """Of a SQLite database: the absolute path of its file, "" in memory. Of others: "". Begins no transaction."""
 
 
 class AsyncSession(Session, Protocol):

@@ -14,7 +14,7 @@ def autocommit(session: Session) -> None:
     """
     if session.autocommits:
         raise UsageError(
-            "UL1252", "events are written in an open transaction, together with the rows that they tell of",
+            "UL1270", "events are written in an open transaction, together with the rows that they tell of",
             found=f"{session.library} without a transaction: each statement would be committed by itself",
             fix=session.how_to_begin,
         )  # fmt: skip
@@ -23,7 +23,7 @@ def autocommit(session: Session) -> None:
 def failed(session: Session) -> StatementFailed:
     """The database rolls back such a transaction at COMMIT, and reports no error."""
     return StatementFailed(
-        "UL1254", "this transaction cannot be committed",
+        "UL1272", "this transaction cannot be committed",
         found=f"an error of an earlier statement was caught inside the transaction ({session.library})",
         fix="let it out of the block, or put a savepoint around the statement that may fail",
     )  # fmt: skip
@@ -31,7 +31,7 @@ def failed(session: Session) -> StatementFailed:
 
 def ended(session: Session) -> UsageError:
     return UsageError(
-        "UL1255", "a transaction that unlost has begun is ended by unlost",
+        "UL1273", "a transaction that unlost has begun is ended by unlost",
         found=f"it was committed, rolled back or closed by somebody else ({session.library})",
         fix="leave commit, rollback and close out of the block",
     )  # fmt: skip

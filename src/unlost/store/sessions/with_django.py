@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 from django.db import OperationalError, connections, transaction  # type: ignore[import-untyped]
 
-from unlost.errors import UsageError
+from unlost.errors import Misconfigured
 from unlost.store.sessions import raw, refuse
 from unlost.store.sessions.port import Dialect
 from unlost.store.steps import Rows, with_percent
@@ -21,7 +21,7 @@ class Django:
 
     def __init__(self, connection: Any) -> None:
         if connection.vendor not in ("postgresql", "sqlite"):
-            raise UsageError(
+            raise Misconfigured(
                 "UL1251", "unlost writes to PostgreSQL and SQLite", found=f"Django with {connection.display_name}",
                 fix="leave it out: events are then published with `app.publish`, after the commit",
             )  # fmt: skip
@@ -52,8 +52,8 @@ class Django:
         if self.in_transaction:
             return False
         if connections[self._connection.alias] is not self._connection:
-            raise UsageError(
-                "UL1257", "a connection of Django is used in the thread that it belongs to", found="another thread",
+            raise Misconfigured(
+                "UL1275", "a connection of Django is used in the thread that it belongs to", found="another thread",
                 fix="take django.db.connection where it is used",
             )  # fmt: skip
         atomic = transaction.atomic(using=self._connection.alias)

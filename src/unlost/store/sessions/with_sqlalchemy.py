@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeVar, cast
 
-from sqlalchemy import String, bindparam, text
+from sqlalchemy import Connection, String, bindparam, text
 from sqlalchemy.exc import StatementError, UnboundExecutionError
 
-from unlost.errors import UsageError
+from unlost.errors import Misconfigured
 from unlost.store.sessions import raw, refuse
 from unlost.store.sessions.port import Dialect
 from unlost.store.steps import Rows, with_names
@@ -30,7 +30,7 @@ class SqlAlchemy:
         self._bind = _only_bind(owner) if self._is_session else owner
         dialect = self._bind.dialect
         if dialect.name not in ("postgresql", "sqlite"):
-            raise UsageError(
+            raise Misconfigured(
                 "UL1251", "unlost writes to PostgreSQL and SQLite", found=f"SQLAlchemy with the dialect {dialect.name}",
                 fix="leave it out: events are then published with `app.publish`, after the commit",
             )  # fmt: skip
@@ -40,7 +40,9 @@ class SqlAlchemy:
 
     @property
     def in_transaction(self) -> bool:
-        return bool(self._owner.in_transaction())
+        # the transaction of a connection below a session: the session's commit would not end it
+        below = isinstance(self._bind, Connection) and self._bind.in_transaction()
+        return bool(below or self._owner.in_transaction())
 
     @property
     def autocommits(self) -> bool:
@@ -73,7 +75,7 @@ class SqlAlchemy:
             return _run(connection, sql, bindings)
 
     def begin(self) -> bool:
-        if self._owner.in_transaction():
+        if self.in_transaction:
             return False
         self._begun = self._owner.begin()
         return True
@@ -99,10 +101,11 @@ class SqlAlchemy:
     def place(self) -> str:
         if self.dialect == "postgresql":
             return ""
-        connection = self._open()
-        with raw.plain_text(connection.connection.driver_connection):
-            rows = _run(connection, "pragma database_list", ())
-        return next(str(row[2]) for row in rows if row[1] == "main")
+        connection = self._connection()
+        if connection is not None:
+            return _file(connection)
+        with self._bind.connect() as connection:  # so that the session need not begin; out of its own pool
+            return _file(connection)
 
     def _open(self) -> Any:
         """The connection that the program's rows go through, with its transaction begun."""
@@ -117,8 +120,8 @@ class SqlAlchemy:
 
     def _connection(self) -> Any:
         """The same as far as it is there already."""
-        if not self._is_session:
-            return self._owner
+        if isinstance(self._bind, Connection):
+            return self._bind
         return next(iter(_connections(self._owner)), None)
 
 
@@ -172,15 +175,15 @@ def _only_bind(session: Any) -> Any:
     except UnboundExecutionError as e:
         if binds:
             return binds[0]
-        raise UsageError(
-            "UL1253", "rows and events go into one database", found="a session without an engine",
+        raise Misconfigured(
+            "UL1271", "rows and events go into one database", found="a session without an engine",
             fix="bind it, or pass the connection that the rows go through: session.connection(bind_arguments=…)",
         ) from e  # fmt: skip
 
 
-def _several(what: str) -> UsageError:
-    return UsageError(
-        "UL1253", "rows and events go into one database", found=f"a session with several {what}",
+def _several(what: str) -> Misconfigured:
+    return Misconfigured(
+        "UL1271", "rows and events go into one database", found=f"a session with several {what}",
         fix="pass the connection that the rows go through: session.connection(bind_arguments=…)",
     )  # fmt: skip
 
@@ -189,6 +192,17 @@ def _connections(session: Any) -> set[Any]:
     """What the session's transaction has opened; nothing is opened by asking."""
     transaction = session.get_transaction()
     return set() if transaction is None else {entry[0] for entry in transaction._connections.values()}
+
+
+def _file(connection: Any) -> str:
+    """Asks the driver, because SQLAlchemy would begin a transaction."""
+    cursor = connection.connection.dbapi_connection.cursor()
+    try:
+        with raw.plain_text(connection.connection.driver_connection):
+            cursor.execute("pragma database_list")
+            return next(str(row[2]) for row in cursor.fetchall() if row[1] == "main")
+    finally:
+        cursor.close()
 
 
 def _run(connection: Any, sql: str, bindings: Sequence[Any]) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from unlost.errors import UsageError
+from unlost.errors import Misconfigured
 from unlost.store.sessions import raw, refuse
 from unlost.store.sessions.port import Dialect
 from unlost.store.steps import Rows
@@ -47,8 +47,8 @@ class Sqlite3:
     def begin(self) -> bool:
         with _its_thread():
             if getattr(self._connection, "autocommit", None) is False:
-                raise UsageError(
-                    "UL1256", "the block begins a transaction and ends it",
+                raise Misconfigured(
+                    "UL1274", "the block begins a transaction and ends it",
                     found="sqlite3.connect(autocommit=False), where one is always open and nobody sees its beginning",
                     fix="sqlite3.connect(autocommit=True) or isolation_level=None: the block is the transaction",
                 )  # fmt: skip
@@ -96,7 +96,7 @@ def _its_thread() -> Iterator[None]:
     except sqlite3.ProgrammingError as e:
         if "thread" not in str(e):
             raise
-        raise UsageError(
-            "UL1257", "a connection of sqlite3 is used in the thread that opened it", found=str(e),
+        raise Misconfigured(
+            "UL1275", "a connection of sqlite3 is used in the thread that opened it", found=str(e),
             fix="open it where it is used (sync handlers run in threads), or with check_same_thread=False",
         ) from e  # fmt: skip
