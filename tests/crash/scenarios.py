@@ -35,6 +35,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.marks import Marks
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Block
+from unlost.store.records import FileRecords
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 from unlost.testing.powerloss import Disk
@@ -137,14 +138,16 @@ class Scene:
         def work(journal: Journal) -> None:
             with opened(self.url) as looking:
                 file = looking.file
-                for letter in shelf.letters(file):
+                for letter in shelf.letters(FileRecords(file)):
                     data = json.loads(letter.data) if letter.reason != "undecodable" and letter.data else {}
                     uid = data.get("uid", letter.id)
                     key = (letter.key or b"").decode()
                     journal.note("shelved", uid, key, letter.service, data.get("value", value_of(uid)))
                     if cure(uid):
                         (self.folder / f"cured {uid}").touch()
-                        shelf.ask(file, "redrive", [letter], operator="ann", reason="cured", wait_seconds=0)
+                        shelf.ask(
+                            FileRecords(file), "redrive", [letter], operator="ann", reason="cured", wait_seconds=0
+                        )
 
         self.life(work)
 
@@ -154,7 +157,7 @@ class Scene:
         def examine(_: Journal) -> None:
             with opened(self.url) as looking:
                 file = looking.file
-                if not books_module.books(file).balanced:
+                if not books_module.books(FileRecords(file)).balanced:
                     (self.folder / "audit-red").touch()
                 rows = file.read(lambda c: c.execute(ALL_EFFECTS).fetchall())
             found = {a.kind for a in check(read(self.folder / "evidence"), [Effect(*row) for row in rows], contracts)}
@@ -223,7 +226,7 @@ def slow_head(scene: Scene) -> set[str]:
             journal.note("completed", event.uid, event.account, "bill", event.value)
 
         def others_settled(file: File) -> bool:
-            return books_module.books(file).services["bill"].done == 4
+            return books_module.books(FileRecords(file)).services["bill"].done == 4
 
         scene.serve(others_settled if failing else scene.all_done("bill", *uids), bill)
 
@@ -251,7 +254,9 @@ def zombie(scene: Scene) -> set[str]:
                 (scene.folder / f"{me} is out").touch()
 
         def settled(file: File) -> bool:
-            return (scene.folder / f"{me} is out").exists() and books_module.books(file).services["bill"].done == 1
+            return (scene.folder / f"{me} is out").exists() and books_module.books(FileRecords(file)).services[
+                "bill"
+            ].done == 1
 
         global PATIENCE
         PATIENCE = 10.0
@@ -304,7 +309,7 @@ def dead_and_redriven(scene: Scene) -> set[str]:
             journal.note("completed", event.uid, event.account, "bill", event.value)
 
         def set_aside(file: File) -> bool:
-            book = books_module.books(file).services["bill"]
+            book = books_module.books(FileRecords(file)).services["bill"]
             return book.done == 1 and book.dead == 1 and book.parked == 3
 
         scene.serve(scene.all_done("bill", *uids) if last else set_aside, bill)

@@ -50,6 +50,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.marks import Marks
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Turn
+from unlost.store.records import FileRecords
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 
@@ -546,14 +547,14 @@ def operating(job: Job, journal: Journal, rng: random.Random, _: Any) -> None:
                 time.monotonic() - audited > 1.0 and not job.broker
             ):  # the books must balance at every instant, not only at the end
                 audited = time.monotonic()
-                books = books_module.books(file)
+                books = books_module.books(FileRecords(file))
                 journal.note(
                     "audited" if books.balanced else "unbalanced", str([*books.missing, *books.findings])[:500]
                 )
 
 
 def operate_once(file: File, folder: Path, journal: Journal) -> int:
-    letters = shelf.letters(file)
+    letters = shelf.letters(FileRecords(file))
     for letter in letters:
         if letter.request is not None:
             continue
@@ -564,7 +565,7 @@ def operate_once(file: File, folder: Path, journal: Journal) -> int:
         if cure:
             (folder / "cured" / f"{letter.service} {uid}").touch()
         action: shelf.Action = "redrive" if cure else "discard"
-        shelf.ask(file, action, [letter], operator="the proof", reason="as decided", wait_seconds=0)
+        shelf.ask(FileRecords(file), action, [letter], operator="the proof", reason="as decided", wait_seconds=0)
     return len(letters)
 
 
@@ -769,7 +770,7 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
     with opened(f"embedded://{folder}/events.db") as looking:
         file = looking.file
         while time.monotonic() < end:
-            books = books_module.books(file)
+            books = books_module.books(FileRecords(file))
             if not any(b.open + b.dead + b.parked for b in books.services.values()):
                 return
             time.sleep(0.1)
@@ -778,8 +779,8 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
 def audit(folder: Path) -> None:
     with opened(f"embedded://{folder}/events.db") as looking:
         file = looking.file
-        books = books_module.books(file)
-        wrong = [*books.findings, *books.unaccountable, *books_module.verify(file)]
+        books = books_module.books(FileRecords(file))
+        wrong = [*books.findings, *books.unaccountable, *books_module.verify(FileRecords(file))]
         wrong += [str(missing) for missing in books.missing]
         if books.unaccounted:
             wrong.append(f"{books.unaccounted} unaccounted")

@@ -16,6 +16,7 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from unlost import App
 from unlost.ops import shelf
 from unlost.store.port import DeadLetter
+from unlost.store.records import FileRecords
 
 QUICK = "session.timeout.ms=6000&heartbeat.interval.ms=300"
 Headers = Sequence[tuple[str, bytes | None]]
@@ -72,7 +73,7 @@ async def settled(app: App, service: str, topic: str, total: int, seconds: float
 
 
 def dead(app: App) -> list[DeadLetter]:
-    return shelf.letters(app.file)
+    return shelf.letters(FileRecords(app.file))
 
 
 def counts(app: App, service: str) -> dict[str, int]:

@@ -22,6 +22,7 @@ from servers.fixtures import require_kafka
 from servers.kafka import Kafka
 from unlost import App, Context, Event, Service, Topic, Unavailable, UnlostError, UsageError
 from unlost.ops import shelf
+from unlost.store.records import FileRecords
 
 
 class OrderPlaced(Event, key="order_id"):
@@ -357,7 +358,9 @@ async def test_events_without_the_key_that_they_declare(
         assert [note for order_id, note, _ in got if order_id == "b"] == ["1", "2"]
         assert {key for _, _, key in got} == {"a", "b"}
         assert caplog.text.count("UL1134") == 1 and "order.OrderPlaced" in caplog.text
-        await asyncio.to_thread(shelf.ask, app.file, "discard", dead(app), operator="me", reason="it must go on")
+        await asyncio.to_thread(
+            shelf.ask, FileRecords(app.file), "discard", dead(app), operator="me", reason="it must go on"
+        )
         await until(lambda: len(got) == 7)
     assert got[-2:] == [("c", "after", "c"), ("c", "last", "c")]
 

@@ -22,6 +22,7 @@ from unlost.delivery import note
 from unlost.events import partition_of
 from unlost.events.topic import Foreign, Unit
 from unlost.ops import shelf
+from unlost.store.records import FileRecords
 
 KEYS = ["a", "order-1", "order-2", "Zürich", "日本", "x" * 100, "0", "42", "-1", "customer 7"]
 
@@ -187,7 +188,12 @@ async def test_producers_that_write_no_cloudevents(
     app = app_with(mended)
     async with serving(app):
         asked = await asyncio.to_thread(
-            shelf.ask, app.file, "redrive", list(letters.values()), operator="me", reason="the decoder was mended"
+            shelf.ask,
+            FileRecords(app.file),
+            "redrive",
+            list(letters.values()),
+            operator="me",
+            reason="the decoder was mended",
         )
         assert asked.carried_out == 3
         await until(lambda: len(got) == 3)

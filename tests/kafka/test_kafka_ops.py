@@ -288,7 +288,7 @@ def test_markers_of_transactions_are_no_events(shell: Shell, kafka: Any) -> None
     shell.handle_all()
     book = shell.quick("audit", "--json").json["services"][0]
     with looking(shell) as here:
-        void = sum(s.counts.get("void", 0) for s in here.file.read(lambda c: books.stored(here.file, c)))
+        void = sum(s.counts.get("void", 0) for s in here.records.read(lambda c: books.stored(here.records, c)))
     assert void >= 5, "two markers of commits, and an aborted transaction with its own"
     assert book["done"] == 9 and book["dead"] == 1, "messages of others without CloudEvents wait on the shelf"
     assert book["accepted"] == book["done"] + book["dead"] + book["parked"] + book["waiting"]
@@ -366,10 +366,10 @@ def test_statements_beside_the_log(shell: Shell, kafka: Any) -> None:
     nonsense = json.dumps({"schema": "unlost.statement/9"}).encode()
     send(kafka, name, [(b"billing/order/7", b"\xff not json", []), (b"later", nonsense, []), (b"x", b"{}", [])])
     with looking(shell) as here:
-        file, log = here.pair()
+        records, log = here.pair()
         found = ledger.read(log)
         assert set(found.by_key) == {"billing/order/0", "billing/order/1"}
-        assert all(s.store == file.store_id and s.position == sum(s.counts.values()) for s in found.by_key.values())
+        assert all(s.store == records.id and s.position == sum(s.counts.values()) for s in found.by_key.values())
         assert sum(s.counts.get("dead", 0) for s in found.by_key.values()) == 1
         assert len(found.unreadable) == 3 and all(text.startswith("unlost.ledger/0:") for text in found.unreadable)
         wrong = next(iter(found.by_key.values()))

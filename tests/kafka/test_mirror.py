@@ -16,6 +16,7 @@ from servers.kafka import Kafka
 from unlost import App, Context, Event, Reject, Retry, Service, Topic, UsageError
 from unlost.delivery import mirror as mirror_module
 from unlost.store import outbox
+from unlost.store.records import FileRecords
 
 
 class OrderPlaced(Event, key="order_id"):
@@ -111,7 +112,7 @@ def dead_of(folder: Path) -> list[Any]:
 
     file = File(folder / "store.db")
     try:
-        return shelf.letters(file)
+        return shelf.letters(FileRecords(file))
     finally:
         file.close()
 

@@ -19,6 +19,7 @@ from unlost.ops import shelf
 from unlost.ops.books import books
 from unlost.sqlite.file import File
 from unlost.store.port import DeadLetter
+from unlost.store.records import FileRecords
 
 
 class Placed(Event, key="order_id", topic="order"):
@@ -35,7 +36,7 @@ async def until(true: Callable[[], Any], what: str) -> None:
 
 
 def done(file: File) -> int:
-    return books(file).services["s"].done
+    return books(FileRecords(file)).services["s"].done
 
 
 async def test_a_unit_that_a_zombie_took_and_left_is_taken_again(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ async def test_a_unit_that_a_zombie_took_and_left_is_taken_again(tmp_path: Path)
         await until(lambda: done(app.file) == 40, "the events after the fencing")
         app.stop()
         await serving
-        assert books(app.file).balanced
+        assert books(FileRecords(app.file)).balanced
 
 
 async def test_many_tasks_that_enter_an_app_at_once_share_its_connection(tmp_path: Path) -> None:
@@ -127,9 +128,9 @@ async def test_more_letters_are_asked_for_than_a_statement_has_variables(tmp_pat
     async with app:
         serving = asyncio.create_task(app.serve())
         await app.publish(Placed(order_id="a"))
-        await until(lambda: books(app.file).services["s"].dead == 1, "the dead letter")
-        letters: list[DeadLetter] = shelf.letters(app.file) * 300_000
-        assert shelf._pending(app.file, letters) == 0
+        await until(lambda: books(FileRecords(app.file)).services["s"].dead == 1, "the dead letter")
+        letters: list[DeadLetter] = shelf.letters(FileRecords(app.file)) * 300_000
+        assert shelf._pending(FileRecords(app.file), letters) == []
         app.stop()
         await serving
 

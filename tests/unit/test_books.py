@@ -15,6 +15,7 @@ from unlost.errors import Damaged
 from unlost.ops.books import books, name_missing, verify
 from unlost.ops.connect import opened
 from unlost.sqlite.schema import POSITION_BITS
+from unlost.store.records import FileRecords
 from unlost.testing import Running, running
 
 
@@ -54,19 +55,19 @@ async def harm(t: Running, *statements: str) -> None:
 
 async def test_the_books_balance() -> None:
     async with filled(shop()) as t:
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert found.balanced
         book = found.services["billing"]
         assert (book.accepted, book.done, book.dead) == (103, 100, 3)
-        assert verify(t.app.file) == []
+        assert verify(FileRecords(t.app.file)) == []
 
 
 async def test_a_position_that_was_moved_on_is_named() -> None:
     async with filled(shop()) as t:
         await harm(t, "update unlost_progress set fated = x'', counts = '{}', digest = 0 where partition = 0")
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert found.unaccounted > 0
-        named = name_missing(t.app.file, found.missing)
+        named = name_missing(FileRecords(t.app.file), found.missing)
         assert named[0].id
         assert named[0].key
         assert "billing" in named[0].last_seen
@@ -76,7 +77,7 @@ async def test_a_row_that_vanished_from_the_log_is_found() -> None:
     async with filled(shop()) as t:
         address = t.app.file.read(lambda c: c.execute("select max(at) from unlost_log").fetchone()[0]) - 3
         await harm(t, f"delete from unlost_log where at = {address}")
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert not found.balanced
         assert any("missing from the log" in finding for finding in found.findings)
 
@@ -84,9 +85,9 @@ async def test_a_row_that_vanished_from_the_log_is_found() -> None:
 async def test_a_dead_letter_that_vanished_is_named() -> None:
     async with filled(shop()) as t:
         await harm(t, "delete from unlost_shelf where number = 2")
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert found.unaccounted == 1
-        (named,) = name_missing(t.app.file, found.missing)
+        (named,) = name_missing(FileRecords(t.app.file), found.missing)
         assert named.key == "bad"
         assert "not on the shelf" in named.why
 
@@ -94,7 +95,7 @@ async def test_a_dead_letter_that_vanished_is_named() -> None:
 async def test_a_changed_event_is_found_by_verify_and_refused_by_readers() -> None:
     async with filled(shop()) as t:
         await harm(t, 'update unlost_log set data = \'{"order_id":"o1","n":9}\' where at = 5')
-        assert any("checksum" in problem for problem in verify(t.app.file))
+        assert any("checksum" in problem for problem in verify(FileRecords(t.app.file)))
         with pytest.raises(Damaged):
             await t.app.broker.read("order", 0, 0, 100)
 
@@ -102,7 +103,7 @@ async def test_a_changed_event_is_found_by_verify_and_refused_by_readers() -> No
 async def test_events_of_another_log_show_in_the_digest() -> None:
     async with filled(shop()) as t:
         await harm(t, "update unlost_progress set digest = digest + 1 where partition = 1")
-        assert any("digests differ" in finding for finding in books(t.app.file).findings)
+        assert any("digests differ" in finding for finding in books(FileRecords(t.app.file)).findings)
 
 
 async def test_retention_removes_only_what_everybody_has_finished_with() -> None:
@@ -116,12 +117,12 @@ async def test_retention_removes_only_what_everybody_has_finished_with() -> None
         start, end = topic.ranges[shelved[0]]
         assert start <= shelved[1] < end  # the dead letter holds the trimming back
         assert all(first < last for first, last in topic.ranges)
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert found.balanced, found.findings
         # an id that left with its event is a new event again; one that stayed is still a duplicate
         await t.publish(OrderPlaced(order_id="o1", n=5))
         await t.settled()
-        assert books(t.app.file).services["billing"].done == 101
+        assert books(FileRecords(t.app.file)).services["billing"].done == 101
 
 
 async def test_a_service_that_starts_after_a_trim_begins_with_what_is_left() -> None:
@@ -143,7 +144,7 @@ async def test_a_service_that_starts_after_a_trim_begins_with_what_is_left() -> 
                 lambda c: c.execute("select start, start_digest from unlost_progress where service = 'late'").fetchall()
             )
             assert any(start > 0 for start, _ in rows)
-            assert books(second.file).balanced
+            assert books(FileRecords(second.file)).balanced
 
 
 def test_looking_never_makes_a_file(tmp_path: Path) -> None:
@@ -161,6 +162,6 @@ def test_addresses_do_not_overlap() -> None:
 async def test_saved_progress_that_vanished_is_no_empty_balance() -> None:
     async with filled(shop()) as t:
         await harm(t, "delete from unlost_progress")
-        found = books(t.app.file)
+        found = books(FileRecords(t.app.file))
         assert not found.balanced
         assert any("saved progress is gone" in line for line in found.unaccountable)

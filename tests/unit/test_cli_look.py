@@ -118,7 +118,18 @@ STATUS_SERVICE = [
 def test_the_schemas_are_stable(used: Shell) -> None:
     shell = used
     status = shell.quick("status", "--json").json
-    assert list(status) == ["schema", "path", "bytes", "services", "topics", "broker", "outbox", "unreachable"]
+    assert list(status) == [
+        "schema",
+        "path",
+        "bytes",
+        "services",
+        "topics",
+        "broker",
+        "outbox",
+        "unreachable",
+        "elsewhere",
+        "lost",
+    ]
     assert status["schema"] == "unlost.status/1" and (status["outbox"], status["unreachable"]) == (None, None)
     assert list(status["services"][0]) == STATUS_SERVICE
     unit = next(u for u in status["services"][0]["units"] if u["highest_seen"])
@@ -144,7 +155,7 @@ def test_the_schemas_are_stable(used: Shell) -> None:
     audit = shell.quick("audit", "--json").json
     assert list(audit) == [
         "schema", "broker", "balanced", "unaccounted", "services", "missing", "missing_more", "findings",
-        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported",
+        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported", "elsewhere",
     ]  # fmt: skip
     assert audit["schema"] == "unlost.audit/1"
     config = shell.quick("config", "--json").json

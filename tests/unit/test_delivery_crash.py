@@ -16,6 +16,7 @@ from unlost.delivery.service import Guarantee
 from unlost.ops.books import books
 from unlost.ops.shelf import letters
 from unlost.sqlite.file import File
+from unlost.store.records import FileRecords
 from unlost.testing import running
 from unlost.testing.mortal import Step
 
@@ -225,7 +226,7 @@ def test_an_event_that_kills_its_process_ends_on_the_shelf(tmp_path: Path) -> No
     subprocess.run([*argv, "publish"], check=True, timeout=30)
 
     def finished(file: File) -> bool:
-        book = books(file).services["s"]
+        book = books(FileRecords(file)).services["s"]
         return book.done == 20 and book.dead == 1 and book.parked == 4
 
     deaths, end = 0, time.monotonic() + 60
@@ -233,18 +234,18 @@ def test_an_event_that_kills_its_process_ends_on_the_shelf(tmp_path: Path) -> No
     file = File(tmp_path / "events.db")
     try:
         while not finished(file):
-            assert time.monotonic() < end, books(file)
+            assert time.monotonic() < end, books(FileRecords(file))
             if process.poll() is not None:
                 assert process.returncode == -9
                 deaths += 1
                 process = subprocess.Popen([*argv, "serve"])
             time.sleep(0.01)
-        [letter] = letters(file)
+        [letter] = letters(FileRecords(file))
         assert (letter.reason, letter.key) == ("process_killed", b"poison")
         assert "its process was killed" in letter.error
         assert len(letter.attempts) == 3
         assert deaths == 4, "once in company, then three times alone"
-        assert books(file).unaccounted == 0
+        assert books(FileRecords(file)).unaccounted == 0
     finally:
         process.terminate()
         process.wait(20)

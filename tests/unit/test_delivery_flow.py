@@ -15,6 +15,7 @@ from unlost.brokers.embedded.group import READ_MAX
 from unlost.delivery.worker import IN_HAND_MAX
 from unlost.events.topic import Topic
 from unlost.ops.books import books
+from unlost.store.records import FileRecords
 from unlost.testing import Running, running
 
 
@@ -243,7 +244,7 @@ async def test_serve_can_be_stopped_at_any_moment(tmp_path: Path) -> None:
         await until(lambda: seen)
         app.stop()
         await task
-        assert books(app.file).unaccounted == 0
+        assert books(FileRecords(app.file)).unaccounted == 0
 
 
 async def test_a_service_whose_worker_fails_says_so_and_leaves(tmp_path: Path) -> None:

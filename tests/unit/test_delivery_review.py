@@ -27,6 +27,7 @@ from unlost.ops.books import books, gather
 from unlost.ops.shelf import letters
 from unlost.sqlite.file import File
 from unlost.sqlite.turn import Block
+from unlost.store.records import FileRecords
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import running
 from unlost.world import REAL
@@ -258,7 +259,7 @@ async def test_a_full_disk_does_not_keep_a_service_from_stopping(
         await until(lambda: len(seen) == 2)
         app.stop()
         await serving
-        assert books(app.file).services["s"].done == 1
+        assert books(FileRecords(app.file)).services["s"].done == 1
 
 
 @pytest.mark.parametrize("is_async", [True, False])
@@ -297,8 +298,8 @@ async def test_a_deadline_that_passed_while_the_file_was_not_to_be_had_spends_no
     async with app:
         serving = asyncio.create_task(app.serve())
         await app.publish(Placed(order_id="a"))
-        await until(lambda: books(app.file).services["s"].done or letters(app.file))
-        assert not letters(app.file)
+        await until(lambda: books(FileRecords(app.file)).services["s"].done or letters(FileRecords(app.file)))
+        assert not letters(FileRecords(app.file))
         app.stop()
         await serving
 
@@ -424,6 +425,7 @@ POISON = """
 import asyncio, os, sys
 from unlost import App, Event, Retry, Service
 from unlost.ops.books import books, gather
+from unlost.store.records import FileRecords
 
 class Placed(Event, key="order_id", topic="order"):
     order_id: str
@@ -447,7 +449,7 @@ async def main() -> None:
             await app.publish(Placed(order_id="a"))
         while True:
             await asyncio.sleep(0.01)
-            found = books(app.file).services
+            found = books(FileRecords(app.file)).services
             if all(b.done + b.dead == 1 for b in found.values()):
                 break
         print({name: (b.done, b.dead) for name, b in sorted(found.items())})
@@ -486,7 +488,7 @@ async def test_the_digest_of_a_trimmed_log_is_still_compared(tmp_path: Path) -> 
         t.advance(60)
         await t.publish(Placed(order_id="a", n=3))
         assert await trim(t.app.file) == 3
-        (evidence,) = gather(t.app.file)
+        (evidence,) = gather(FileRecords(t.app.file))
         assert evidence.log_digest == evidence.digest
         await t.scale(1)
         await t.settled()

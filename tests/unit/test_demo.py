@@ -22,6 +22,7 @@ from unlost.demo.shop import CARD_LIMIT_CENTS, OrderCreated, PaymentCompleted, P
 from unlost.demo.verdict import Verdict, compare
 from unlost.ops.books import Named
 from unlost.ops.table import books_table, missing_lines, safe
+from unlost.store.records import FileRecords
 from unlost.testing import running
 
 DATA = Path(unlost.demo.__file__).parent / "data"
@@ -98,11 +99,12 @@ async def _verdict(folder: Path, settled: list[Order], letters: list[Order]) -> 
             )
             await web.file.write(
                 lambda tx, order=order, day=day: tx.execute(  # type: ignore[misc]
-                    "insert into settled_order (order_id, customer_id, day, cents) values (?, ?, ?, ?)",
-                    (order.id, order.customer_id, day, order.cents),
+                    "insert into settled_order (order_id, customer_id, day, cents, number) "
+                    "select ?, ?, ?, ?, coalesce(max(number), 0) + 1 from settled_order where customer_id = ?",
+                    (order.id, order.customer_id, day, order.cents, order.customer_id),
                 ).fetchall()
             )
-        return compare(ORDERS, web.file, folder / "letters.txt", {})
+        return compare(ORDERS, FileRecords(web.file), folder / "letters.txt", {})
 
 
 async def test_the_verdict_agrees_only_with_the_whole_truth(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from unlost.errors import OutcomeUnknown, Unavailable
 from unlost.events import seal
 from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.sqlite.file import File
-from unlost.store.port import Outcome, Settlement
 from unlost.store.connect import store_beside
+from unlost.store.port import Outcome, Settlement
 from unlost.store.sqlite import SqliteStore
 
 SETTINGS = parse("kafka://nowhere:1")

@@ -16,6 +16,7 @@ from unlost.demo.orders import Order, as_they_came, read_orders
 from unlost.demo.processes import Processes
 from unlost.ops.books import books
 from unlost.sqlite.file import File
+from unlost.store.records import FileRecords
 
 LOYALTY = Path(__file__).parents[2] / "examples" / "loyalty"
 SOURCE = Path(unlost.__file__).parents[1]
@@ -37,7 +38,7 @@ def points(orders: list[Order]) -> dict[str, int]:
 
 
 def done(file: File, service: str) -> int:
-    book = books(file).services.get(service)
+    book = books(FileRecords(file)).services.get(service)
     return 0 if book is None else book.done
 
 
@@ -78,7 +79,7 @@ async def test_it_catches_up_from_history_and_goes_on(tmp_path: Path) -> None:
             assert await asyncio.to_thread(loyalty.wait, 30) == 0
             found = web.file.read(lambda c: dict(c.execute("select customer_id, points from points")))
             assert found == points(orders)
-            balanced = books(web.file)
+            balanced = books(FileRecords(web.file))
             assert balanced.balanced, (balanced.missing[:3], balanced.findings)
             assert balanced.services["loyalty"].done == payable
             assert balanced.services.keys() == {"order", "payment", "notification", "settlement", "loyalty"}

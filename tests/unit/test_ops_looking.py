@@ -19,6 +19,7 @@ from unlost.ops.settings import hide_secrets
 from unlost.ops.status import status, topics
 from unlost.ops.tail import BATCH, Tail, moment
 from unlost.sqlite.file import File
+from unlost.store.records import FileRecords
 from unlost.world import REAL
 
 
@@ -143,13 +144,13 @@ def test_a_look_inside_a_look_sees_the_same_moment(file: File) -> None:
 
 
 def test_topics_and_status(file: File) -> None:
-    assert status(file).services == [] and topics(file) == []
+    assert status(FileRecords(file)).services == [] and topics(FileRecords(file)) == []
     file.write_sync(lambda tx: tx.create_topic("empty", 2, 60))
     put(file, *(envelope(n, f"k{n}") for n in range(20)))
-    found = {t.name: t for t in topics(file)}
+    found = {t.name: t for t in topics(FileRecords(file))}
     assert (found["empty"].events, found["empty"].oldest, found["empty"].retention) == (0, None, 60)
     assert found["ops-thing"].events == 20 and found["ops-thing"].partitions == Topic("x").partitions
-    assert status(file).bytes > 0
+    assert status(FileRecords(file)).bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ CHECKS = {
     "UL4305": "members against partitions",
     "UL4306": "members that are not ours",
     # the store
-    "UL4401": "the store's file",
+    "UL4401": "whether the store can be opened",
     "UL4402": "whether the store belongs to this broker",
     "UL4403": "topics that were made again",
     "UL4404": "topics with another number of partitions",
@@ -67,12 +67,32 @@ CHECKS = {
     "UL4407": "a store that is older than what the group was told",
     "UL4408": "members on other machines",
     "UL4409": "the outbox",
+    "UL4410": "the books of the outbox",
     # a file of ours
     "UL4501": "the version of SQLite",
     "UL4502": "the file system",
     "UL4503": "room on the disk",
     "UL4504": "who may read the file",
     "UL4510": "what is checked of the embedded broker",
+    # a store in PostgreSQL
+    "UL4601": "the version of the server",
+    "UL4602": "fsync and full_page_writes",
+    "UL4603": "synchronous_commit",
+    "UL4604": "whether the server takes writes",
+    "UL4605": "poolers",
+    "UL4606": "the encoding",
+    "UL4607": "the tables and their format",
+    "UL4608": "the rights of the role",
+    "UL4609": "encryption on the way",
+    "UL4610": "connections",
+    "UL4611": "clocks",
+    "UL4612": "transactions that are open for long",
+    "UL4613": "dead rows",
+    "UL4614": "the numbers of the outbox",
+    "UL4615": "the size of the inbox",
+    "UL4616": "processes without a sign of life",
+    "UL4617": "limits that end sessions and statements",
+    "UL4618": "what could not be read, and so was not checked",
 }
 
 

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import getpass
-import os
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, get_args
 
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, shown_bytes, span
+from unlost.cli.options import (
+    AppName,
+    BrokerUrl,
+    Json,
+    OfApp,
+    Operator,
+    Why,
+    Yes,
+    aligned,
+    confirmed,
+    count,
+    login,
+    looking,
+    shown_bytes,
+    span,
+)
 from unlost.cli.say import bold, clean, clean_lines, dim, key_text, note, out, print_json, warn
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events.topic import Decoder
 from unlost.ops.load import load
 from unlost.ops.publish import shown_data
 from unlost.ops.shelf import Action, Asked, ask, event_of, headers_of, letters
-from unlost.sqlite.file import File
-from unlost.store.port import DeadLetter, Reason
+from unlost.store.port import DeadLetter, Reason, Records
 from unlost.world import REAL, rfc3339
 
 SHOWN_MAX = 1000
@@ -31,11 +42,6 @@ OfService = Annotated[str | None, Parameter(name=["--service", "-s"], help="Thos
 ReasonIs = Annotated[str | None, Parameter(name="--reason-is", help=f"Those that died so: {', '.join(REASONS)}.")]
 All = Annotated[bool, Parameter(name="--all", negative="", help="All that are on the shelf.")]
 DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")]
-Why = Annotated[str, Parameter(name="--reason", help="Why you do it; kept in the records.")]
-Yes = Annotated[bool, Parameter(name=["--yes", "-y"], negative="", help="Do not ask.")]
-Operator = Annotated[
-    str | None, Parameter(name="--operator", help="Who you are, for the records. Else your login name.")
-]
 
 
 def dead_list(
@@ -51,7 +57,7 @@ def dead_list(
 
     A dead letter is an event that could not be handled.
 
-    **Needs** only the broker.
+    **Needs** only the store.
 
     **Examples**
 
@@ -59,7 +65,7 @@ def dead_list(
     - `unlost dead list --reason-is rejected --json`
     """
     with looking(app, broker) as here:
-        found = _find(here.file, None, key, service, reason_is)
+        found = _find(here.records, None, key, service, reason_is)
         name = here.name
     if json:
         print_json("dead/1", {"broker": name, "letters": [_letter_json(letter) for letter in found]})
@@ -94,7 +100,7 @@ def dead_show(
 ) -> int:
     """Show a dead letter: why it died, each attempt, where it stands.
 
-    **Needs** the broker; with `--data` also your code.
+    **Needs** the store; with `--data` also your code.
 
     **Examples**
 
@@ -105,7 +111,7 @@ def dead_show(
         load()
     show = "raw" if raw else "data" if data else "none"
     with looking(app, broker) as here:
-        found = _find(here.file, which, None, None, None)
+        found = _find(here.records, which, None, None, None)
         if json:
             whole = [_letter_json(letter, show, whole=True, decoder=here.decoder(letter.topic)) for letter in found]
             print_json("dead/1", {"letters": whole})
@@ -138,7 +144,7 @@ def redrive(
     What waits behind them goes on. Correct the handler first. The order per key is kept. The process that has the partition carries it out; without
     one it is done at once and handled when the service runs again.
 
-    **Needs** only the broker.
+    **Needs** only the store.
 
     **Examples**
 
@@ -168,7 +174,7 @@ def discard(
 
     The service will never handle them. What waits behind them goes on. The event stays in the log; this cannot be undone.
 
-    **Needs** only the broker.
+    **Needs** only the store.
 
     **Examples**
 
@@ -199,10 +205,10 @@ def _act(
             "UL1332", f"say which dead letters to {action}" if not all else "--all means all: leave the other filters out",
             fix=f"unlost dead {action} NUMBER, --key, --service, --reason-is, or --all; look first: unlost dead list",
         )  # fmt: skip
-    who = operator or _login()
+    who = operator or login()
     with looking(app, broker) as here:
-        file = here.file
-        found = _find(file, which, key, service, reason_is)
+        records = here.records
+        found = _find(records, which, key, service, reason_is)
         if not found:
             if json:
                 print_json(
@@ -212,8 +218,10 @@ def _act(
                 return 1
             raise _none(which)
         if not dry_run and not yes:
-            _confirm(action, found)
-        asked = ask(file, action, found, operator=who, reason=reason, dry_run=dry_run)
+            shown = _table(found[:10]) + ([f"… and {len(found) - 10:,} more"] if len(found) > 10 else [])
+            confirmed(action, shown, f"{action} {len(found):,}?")
+        group = here.file if here.embedded and not here.log_here else None
+        asked = ask(records, action, found, operator=who, reason=reason, dry_run=dry_run, group=group)
     incomplete = OutcomeUnknown.exit_code if asked.pending else 0
     if json:
         print_json(f"{action}/1", _asked_json(asked))
@@ -233,40 +241,17 @@ def _act(
     return incomplete
 
 
-def _confirm(action: str, found: Sequence[DeadLetter]) -> None:
-    if not sys.stdin.isatty():
-        raise UsageError(
-            "UL1333", f"{action} changes something, and nobody can be asked here",
-            fix="look at it with --dry-run, then add --yes",
-        )  # fmt: skip
-    for line in _table(found[:10]):
-        note(line)
-    if len(found) > 10:
-        note(f"… and {len(found) - 10:,} more")
-    sys.stderr.write(f"{action} {len(found):,}? [y/N] ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise UnlostError("UL1334", "nothing was changed")
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return f"uid {os.getuid()}"
-
-
 def _find(
-    file: File, which: str | None, key: str | None, service: str | None, reason_is: str | None
+    records: Records, which: str | None, key: str | None, service: str | None, reason_is: str | None
 ) -> list[DeadLetter]:
     if reason_is is not None and reason_is not in REASONS:
         raise UsageError("UL1335", f"a reason is one of {', '.join(REASONS)}", found=repr(reason_is))
     number = int(which) if which is not None and which.isascii() and which.isdigit() and len(which) < 19 else None
     found = letters(
-        file, service=service, number=number, key=key, reason=reason_is, id=None if number is not None else which
+        records, service=service, number=number, key=key, reason=reason_is, id=None if number is not None else which
     )
     if not found and number is not None:
-        found = letters(file, service=service, id=which, key=key, reason=reason_is)  # an id that looks like a number
+        found = letters(records, service=service, id=which, key=key, reason=reason_is)  # an id that looks like a number
     return found
 
 

@@ -28,6 +28,9 @@ def demo(
     broker: Annotated[
         str | None, Parameter(help="URL of a Kafka cluster to run it on. Else UNLOST_BROKER, if that is one.")
     ] = None,
+    store: Annotated[
+        str | None, Parameter(help="URL of a PostgreSQL database for the store. Else UNLOST_STORE, if that is one.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """See it work: a shop on real orders under kill -9, and then the books.
@@ -35,7 +38,7 @@ def demo(
     Four services, each its own process, handle real orders while they are killed; then every event is accounted for.
 
     **Needs** nothing. Everything happens in the folder unlost-demo. On Kafka the topics get a prefix of their own, and
-    stay there.
+    stay there; in PostgreSQL it makes a schema of its own.
 
     **Examples**
 
@@ -43,6 +46,7 @@ def demo(
     - `unlost demo --orders all --kill 20 --seed 7`
     - `unlost demo --break ack-first`
     - `unlost demo --broker kafka://localhost:9092`
+    - `unlost demo --store postgresql://localhost/test`
     """
     if orders != "all" and not (orders.isascii() and orders.isdigit() and int(orders) > 0):
         raise UsageError("UL1337", "--orders is a number from 1, or all", found=repr(orders))
@@ -50,4 +54,4 @@ def demo(
         raise UsageError("UL1337", "--kill is not negative", found=str(kill))
     from unlost.demo.run import main
 
-    return main(orders, kill, seed, break_, folder, json, broker)
+    return main(orders, kill, seed, break_, folder, json, broker, store)

@@ -12,15 +12,17 @@ from cyclopts import Parameter
 from unlost.audit import Book, Books
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, span
 from unlost.cli.say import bold, clean, clean_lines, coloured, dim, note, out, print_json, warn
-from unlost.errors import Damaged, Unavailable
+from unlost.errors import Damaged, Unavailable, UnlostError
 from unlost.ops import books as ledger
 from unlost.ops import ledger as statements
-from unlost.ops.outbox import OutboxStatus, outbox
+from unlost.ops.connect import ELSEWHERE, Looking
+from unlost.ops.outbox import OutboxStatus
 from unlost.ops.settings import hide_secrets, settings
 from unlost.ops.status import ServiceStatus, Status, TopicStatus
 from unlost.ops.status import look as look_at
 from unlost.ops.table import books_table, missing_lines
 from unlost.ops.topics import topics
+from unlost.store.port import Records
 from unlost.world import REAL, rfc3339
 
 LOSS = Damaged.exit_code
@@ -29,7 +31,7 @@ LOSS = Damaged.exit_code
 def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
     """Show how each service is doing, and what to do next.
 
-    **Needs** only the broker.
+    **Needs** only the broker and the store.
 
     **Examples**
 
@@ -48,6 +50,9 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
     else:
         out(f"broker  {clean(found.broker)}")
         out(f"store   {clean(found.path)}   {_size(found.bytes)}")
+    _print_elsewhere(found.elsewhere)
+    for text in found.lost:
+        out(warn(clean(text)))
     out()
     if found.services:
         columns = ["SERVICE", "running", "partitions", "waiting", "oldest", "in flight", "retrying", "parked", "dead"]
@@ -68,7 +73,8 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
     if found.outbox is not None:
         _print_gauges(found.services)
         out()
-        out(_outbox_line(found.outbox, now))
+        for line in _outbox_lines(found.outbox):
+            out(line)
     if found.unreachable is None:
         if found.outbox is None:
             out()
@@ -78,6 +84,11 @@ def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -
         note(warn("the broker does not answer; this is what the store knows", sys.stderr))
         note(clean_lines(found.unreachable))
     return code
+
+
+def _print_elsewhere(services: Sequence[str]) -> None:
+    if services:
+        note(f"kept in another store (UNLOST_STORE names one at a time): {', '.join(map(clean, services))}")
 
 
 def _print_gauges(services: Sequence[ServiceStatus]) -> None:
@@ -96,16 +107,25 @@ def _print_gauges(services: Sequence[ServiceStatus]) -> None:
             out(line)
 
 
-def _outbox_line(o: OutboxStatus, now: int) -> str:
+def _outbox_lines(o: OutboxStatus) -> list[str]:
     if not o.events and not o.copies:
-        return "outbox  empty"
+        return ["outbox  empty"]
     copies = (
         f", {count(o.copies, 'copy') if o.copies == 1 else f'{o.copies:,} copies'} of dead letters" if o.copies else ""
     )
-    line = f"outbox  {count(o.events, 'event')} accepted and not in the log yet{copies}, the oldest for {_age(o.oldest, now)}"
+    age = "-" if o.age is None else span(o.age)
+    line = f"outbox  {count(o.events, 'event')} accepted and not in the log yet{copies}, the oldest for {age}"
     if o.stands_still:
-        return warn(f"{line}; nobody sends them: unlost run")
-    return f"{line}; pid {o.relay} sends them"
+        return [warn(f"{line}; nobody sends them: unlost run")]
+    pids = ", ".join(f"pid {r.pid}" + (f" on {clean(r.host)}" if o.shards > 1 else "") for r in o.relays)
+    lines = [f"{line}; {pids} {'sends' if len(o.relays) == 1 else 'send'} them"]
+    if o.refused:
+        lines.append(
+            warn("        the broker has not taken the first of them for a minute: does it refuse one, or is it away?")
+        )
+    if o.orphaned:
+        lines.append(f"        nobody sends {o.orphaned} of its {o.shards} parts yet")
+    return lines
 
 
 def _alive(s: ServiceStatus) -> str:
@@ -125,7 +145,9 @@ def _status_json(members: dict[str, Any], status: Status) -> dict[str, Any]:
 
 
 def _outbox_json(o: OutboxStatus) -> dict[str, Any]:
-    return {**msgspec.to_builtins(o), "oldest": _time(o.oldest)}
+    members = {**msgspec.to_builtins(o), "oldest": _time(o.oldest), "relays": [r._asdict() for r in o.relays]}
+    del members["books"]  # where they do not balance, a finding says so
+    return members
 
 
 def audit(
@@ -156,7 +178,10 @@ def audit(
     On Kafka the log's offsets say what was accepted, so that events of other producers are counted as well; what the
     log let go of unread is named. `--verify` reads what was handled once more and compares it with what was counted.
 
-    **Needs** only the broker; on Kafka also the store.
+    Events that wait in the outbox of a store are in no log yet, and in nobody's books; they are shown beside them. In
+    PostgreSQL what leaves the outbox is numbered: a row that went without the broker's receipt is a finding.
+
+    **Needs** only the broker and the store.
 
     **Examples**
 
@@ -165,18 +190,17 @@ def audit(
     - `unlost audit --json | jq .unaccounted`
     """
     with looking(app, broker) as here:
-        file, log = here.pair()
+        records, log = here.pair()
         place = statements.place(log) if export else None
-        waiting = outbox(
-            file
-        )  # before the log is asked: what leaves it in between is counted twice, and never not at all
-        examined = ledger.examine_all(file, service, log=log, read_again=verify and not here.embedded)
-        found = examined.books
-        named = ledger.name_missing(file, found.missing, log=log)
-        problems = ledger.verify(file, log=log) if verify else []
-        written = 0 if place is None else statements.export(file, place, service)
-        elsewhere = not here.embedded
-        name = here.name
+        examined = ledger.examine_all(
+            records, service, log=log, read_again=verify and not here.embedded, lost=here.lost
+        )
+        found, waiting = examined.books, examined.outbox
+        named = ledger.name_missing(records, found.missing, log=log)
+        problems = ledger.verify(records, log=log) if verify else []
+        written = 0 if place is None else statements.export(records, place, service)
+        elsewhere, others = not here.log_here, here.elsewhere
+        reads_again, name, store = not here.embedded, here.name, here.place
     code = 0 if found.balanced and not problems else LOSS
     if json:
         print_json(
@@ -188,7 +212,7 @@ def audit(
                 "findings": found.findings, "unaccountable": found.unaccountable,
                 "verified": verify, "damaged": problems, "ranges": found.ranges, "unverified": examined.unverified,
                 "outbox": _outbox_json(waiting) if elsewhere else None,
-                "exported": written if place is not None else None,
+                "exported": written if place is not None else None, "elsewhere": others,
             },
         )  # fmt: skip
         return code
@@ -196,18 +220,20 @@ def audit(
     for problem in problems:
         out(warn(f"damaged: {clean(problem)}"))
     if elsewhere and (waiting.events or waiting.copies):
-        out(_outbox_line(waiting, REAL.now()))
-    if verify and not problems and not elsewhere:
+        for line in _outbox_lines(waiting):
+            out(line)
+    if verify and not problems and not reads_again:
         out("every stored event matches its checksum")
-    if verify and elsewhere:
+    if verify and reads_again:
         out(f"read again: the events of {count(examined.compared, 'partition')} compared with what was counted")
-        for text in examined.unverified:
-            out(f"cannot be verified: {clean(text)}")
+    for text in examined.unverified if verify else ():
+        out(f"cannot be verified: {clean(text)}")
     if place is not None:
         out(f"{count(written, 'statement')} written to {clean(place.name)}")
     if code:
         note(warn("the books do not balance" if not found.balanced else "stored events are damaged", sys.stderr))
-    out(dim(f"broker {clean(name)}"))
+    _print_elsewhere(others)
+    out(dim(f"broker {clean(name)}" + (f"   store {clean(store)}" if elsewhere else "")))
     return code
 
 
@@ -241,9 +267,9 @@ def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = Fals
     - `unlost topic list`
     """
     with looking(app, broker) as here:
-        found = topics(here.store, log=here.log)
-        elsewhere, name = not here.embedded, here.name
-        known = here.store is not None
+        store, why = _store(here)
+        found = topics(store, log=here.log)
+        replicated, name = not here.embedded, here.name
     if json:
         rows = [{**msgspec.to_builtins(t), "oldest": _time(t.oldest), "newest": _time(t.newest)} for t in found]
         print_json("topics/1", {"broker": name, "topics": rows})
@@ -252,16 +278,17 @@ def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = Fals
         out(f"no topics in {clean(name)}")
         return 0
     now = REAL.now()
-    if elsewhere:
-        for line in _replicated(found, now):
+    nobody = "?" if why else "nobody"
+    if why:
+        note(f"who reads them is not known: {why}")
+    if replicated:
+        for line in _replicated(found, now, nobody):
             out(line)
-        if not known:
-            note(f"who reads them is not known: there is no store at {clean(here.path)}")
         return 0
     rows_of_text = [
         [
             clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
-            "all" if t.retention is None else span(t.retention), ", ".join(map(clean, t.services)) or "nobody",
+            "all" if t.retention is None else span(t.retention), ", ".join(map(clean, t.services)) or nobody,
         ]
         for t in found
     ]  # fmt: skip
@@ -270,12 +297,22 @@ def topic_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = Fals
     return 0
 
 
-def _replicated(found: Sequence[TopicStatus], now: int) -> list[str]:
+def _store(here: Looking) -> tuple[Records | None, str]:
+    """The store, or why it cannot be asked."""
+    try:
+        return here.store, f"there is no store at {clean(here.place)}" if here.store is None else ""
+    except UnlostError as e:
+        if isinstance(e, Unavailable) or e.code == ELSEWHERE:
+            return None, clean(f"{e.what}: {e.found}")
+        raise
+
+
+def _replicated(found: Sequence[TopicStatus], now: int, nobody: str) -> list[str]:
     rows = [
         [
             clean(t.name), str(t.partitions), f"{t.events:,}", _age(t.newest, now),
             "all" if t.retention is None else span(t.retention), f"{t.replication}, min {t.min_insync}",
-            clean(t.survives), ", ".join(map(clean, t.services)) or "nobody",
+            clean(t.survives), ", ".join(map(clean, t.services)) or nobody,
         ]
         for t in found
     ]  # fmt: skip

@@ -40,10 +40,12 @@ _COMMANDS = (
     ("dead show", "dead:dead_show", _RIGHT, "NUMBER|ID [OPTIONS]"),
     ("dead redrive", "dead:redrive", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
     ("dead discard", "dead:discard", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
+    ("store migrate", "store:migrate", _RIGHT, "[OPTIONS]"),
 )
 _NOUNS = {
     "topic": "List topics: partitions, events, who reads them.",
     "dead": "List, show, redrive or discard events that could not be handled.",
+    "store": "Make the tables of a store in PostgreSQL, or bring them up to date.",
 }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import base64
+import getpass
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from cyclopts import Parameter
 
-from unlost.errors import Damaged
+from unlost.cli.say import note
+from unlost.errors import Damaged, UnlostError, UsageError
 
 if TYPE_CHECKING:
     from unlost.ops.connect import Looking
@@ -25,6 +29,11 @@ BrokerUrl = Annotated[
 ]
 OfApp = Annotated[str | None, Parameter(name="--app", help="Look at the broker that this App names in its code.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object instead of text.")]
+Why = Annotated[str, Parameter(name="--reason", help="Why you do it; kept in the records.")]
+Yes = Annotated[bool, Parameter(name=["--yes", "-y"], negative="", help="Do not ask.")]
+Operator = Annotated[
+    str | None, Parameter(name="--operator", help="Who you are, for the records. Else your login name.")
+]
 JsonLines = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object per line instead of text.")]
 
 
@@ -50,9 +59,35 @@ def looking(app: str | None, broker: str | None) -> Iterator[Looking]:
             yield here
         except (LookupError, TypeError, ValueError, OverflowError, msgspec.MsgspecError) as e:
             raise Damaged(
-                "UL3011", f"{here.path} holds something that cannot be understood", found=f"{type(e).__name__}: {e}",
+                "UL3011", f"{here.place} holds something that cannot be understood", found=f"{type(e).__name__}: {e}",
                 fix="stop all processes, keep a copy of the folder, and restore the newest good copy",
             ) from e  # fmt: skip
+
+
+def confirmed(action: str, lines: Sequence[str], question: str) -> None:
+    """Asks before something is changed.
+
+    Raises:
+        UsageError: nobody can be asked. UnlostError: the answer was no.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError(
+            "UL1333", f"{action} changes something, and nobody can be asked here",
+            fix="look at it with --dry-run, then add --yes",
+        )  # fmt: skip
+    for line in lines:
+        note(line)
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UnlostError("UL1334", "nothing was changed")
+
+
+def login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: str) -> list[str]:

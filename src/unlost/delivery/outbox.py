@@ -15,7 +15,7 @@ from typing import Protocol
 from unlost.errors import UsageError
 from unlost.events import Envelope, Event, seal
 from unlost.store.sessions.connect import of
-from unlost.store.sessions.port import AnySession
+from unlost.store.sessions.port import AnySession, Dialect
 from unlost.store.steps import Steps, run, run_async
 
 
@@ -33,6 +33,9 @@ class Place(Protocol):
 
     def close(self) -> None: ...
 
+
+# Where the library begins a transaction with the first statement, this is it; in PostgreSQL one that takes no snapshot yet.
+_BEGIN: Mapping[Dialect, str] = {"postgresql": "show transaction_isolation", "sqlite": "select 1"}
 
 Find = Callable[[AnySession, str], Place]  # the outbox of a session's database; the text is the path of a SQLite file
 
@@ -89,6 +92,8 @@ class Outbox:
         self._check_transaction()
         self._place = self._find(session, session.place())
         self._place.prepare()
+        if not session.in_transaction:
+            session.execute(_BEGIN[session.dialect])
         self._open = True
         return self
 
@@ -97,7 +102,7 @@ class Outbox:
         session, place = self._session, self._place
         if error is not None or not self._events or session.is_async or place is None:
             return
-        self._check_transaction()
+        self._check_still_open()
         run(place.put(self._events), session.execute)
         place.woken_after(session)
 
@@ -110,6 +115,8 @@ class Outbox:
         self._check_transaction()
         self._place = self._find(session, await session.place())
         await asyncio.to_thread(self._place.prepare)
+        if not session.in_transaction:
+            await session.execute(_BEGIN[session.dialect])
         self._open = True
         return self
 
@@ -118,7 +125,7 @@ class Outbox:
         session, place = self._session, self._place
         if error is not None or not self._events or not session.is_async or place is None:
             return
-        self._check_transaction()
+        self._check_still_open()
         await run_async(place.put(self._events), session.execute)
         place.woken_after(session)
 
@@ -127,6 +134,15 @@ class Outbox:
             raise UsageError(
                 "UL1256", "an outbox needs a transaction: what you write and the events must be one commit",
                 found=f"this {self._session.library} commits each statement by itself", fix=self._session.how_to_begin,
+            )  # fmt: skip
+
+    def _check_still_open(self) -> None:
+        """The block is inside one transaction. Its events in the next one could be lost with it, or come without rows."""
+        if not self._session.in_transaction:
+            raise UsageError(
+                "UL1269", "the transaction ended inside the outbox block, before the events were written",
+                found=f"{self._session.library}: committed, rolled back or closed; events not written: {len(self._events)}",
+                fix="with transaction, app.outbox(connection) as outbox: …; the transaction first, and nothing in the block ends it",
             )  # fmt: skip
 
 

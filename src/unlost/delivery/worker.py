@@ -750,11 +750,11 @@ class Worker:
         """Reads the lane's next rows of the waiting room; when there are none left, the key is free again."""
         owned = lane.owned
         await self._settler.flush()
-        rows = await self._store.waiting(owned.unit, lane.key, lane.position, LOAD_MAX)
+        rows = await self._insist(self._store.waiting, owned.unit, lane.key, lane.position, LOAD_MAX)
         if not rows:
             lane.stored = False
             return
-        seen = await self._seen([row.arrival for row in rows])
+        seen = await self._insist(self._seen, [row.arrival for row in rows])
         for row in rows:
             d = self._from_waiting(lane, row)
             _mark_seen(d, seen)

@@ -11,13 +11,14 @@ from unlost import UsageError, config
 from unlost.brokers.connect import check_kafka, is_kafka
 from unlost.config import hide_secrets
 from unlost.demo.folder import broker_path, store_path
+from unlost.store.connect import is_postgres
 from unlost.world import new_id
 
 SESSION_MS = 6000  # after so long a killed process is given up: the least that a cluster takes by default
 
 
 class Place(NamedTuple):
-    """The broker of one run. `store` is None where the broker's own file is the store."""
+    """Broker and store of one run. `store` is None where the broker's own file is the store."""
 
     url: str
     store: str | None
@@ -25,43 +26,75 @@ class Place(NamedTuple):
 
     @property
     def on_kafka(self) -> bool:
-        return self.store is not None
+        return is_kafka(self.url)
+
+    @property
+    def on_postgres(self) -> bool:
+        return self.store is not None and is_postgres(self.store)
 
     @property
     def shown(self) -> str:
         return hide_secrets(self.url)
 
     @property
+    def store_shown(self) -> str:
+        return hide_secrets(self.store or "")
+
+    @property
     def has_secrets(self) -> bool:
-        return self.shown != self.url
+        return self.shown != self.url or self.store_shown != (self.store or "")
 
     @property
     def patience(self) -> float:
         """How many times longer than in a folder it takes until a dead process is given up."""
-        return 3.0 if self.on_kafka else 1.0
+        return 3.0 if self.on_kafka else 1.5 if self.on_postgres else 1.0
 
 
-def place(folder: Path, flag: str | None) -> Place:
-    """The broker that the flag or the environment names, if that is a Kafka cluster; else a file in the folder. What a
-    pyproject.toml says is not asked: a demo makes no topics on a cluster that nobody has named for it.
+def place(folder: Path, flag: str | None, store_flag: str | None = None) -> Place:
+    """The broker and the store that flags or environment name, if they are a Kafka cluster and a PostgreSQL database; else
+    files in the folder. What a pyproject.toml says is not asked: a demo makes nothing where nobody has told it to.
 
     Raises:
-        UsageError: the flag names something else than a Kafka cluster, or the driver is missing.
+        UsageError: a flag names something else, or a driver is missing.
     """
     if flag is not None and not is_kafka(flag):
         raise UsageError(
             "UL1396", "--broker names a Kafka cluster here", found=hide_secrets(flag),
             fix="leave it out: then the demo keeps everything in its own folder",
         )  # fmt: skip
-    url = flag
-    if url is None and any(os.environ.get(name) for name in ("UNLOST_BROKER", "UNLOST_BROKER_FILE")):
-        url = config.setting("broker").value
-    if url is None or not is_kafka(url):
-        return Place(f"embedded://{quote(str(broker_path(folder)))}", None)
+    if store_flag is not None and not is_postgres(store_flag):
+        raise UsageError(
+            "UL1398", "--store names a PostgreSQL database here", found=hide_secrets(store_flag),
+            fix="leave it out: then the demo keeps everything in its own folder",
+        )  # fmt: skip
+    name = f"unlost-demo-{new_id()[-8:]}."
+    url, store = flag or _from_environment("broker"), store_flag or _from_environment("store")
+    own_store = with_own_schema(store, name) if is_postgres(store) else None
+    if not is_kafka(url):
+        return Place(f"embedded://{quote(str(broker_path(folder)))}", own_store, name if own_store else "")
     check_kafka(url)
-    own, prefix = with_own_prefix(url, f"unlost-demo-{new_id()[-8:]}.")
+    own, prefix = with_own_prefix(url, name)
     check_kafka(own)
-    return Place(own, f"embedded://{quote(str(store_path(folder)))}", prefix)
+    return Place(own, own_store or f"embedded://{quote(str(store_path(folder)))}", prefix)
+
+
+def _from_environment(name: str) -> str:
+    variable = f"UNLOST_{name.upper()}"
+    found = any(os.environ.get(v) for v in (variable, f"{variable}_FILE"))
+    return config.setting(name).value if found else ""
+
+
+def with_own_schema(url: str, name: str) -> str:
+    """The URL of the same database, where the tables of one run have a schema of their own: ours, and the shop's.
+
+    Example:
+        >>> with_own_schema("postgresql://host/db?sslmode=require", "unlost-demo-1.")
+        'postgresql://host/db?sslmode=require&schema=unlost_demo_1&options=-csearch_path%3Dunlost_demo_1'
+    """
+    schema = name.rstrip(".").replace("-", "_")
+    front, _, query = url.partition("?")
+    kept = [part for part in query.split("&") if part and part.partition("=")[0] not in ("schema", "options")]
+    return f"{front}?{'&'.join([*kept, f'schema={schema}', f'options=-csearch_path%3D{schema}'])}"
 
 
 def with_own_prefix(url: str, name: str) -> tuple[str, str]:

@@ -13,8 +13,8 @@ _MARK = "# Made by `unlost demo`, which starts anew in this folder each time. Ke
 _PYPROJECT = f'{_MARK}\n[tool.unlost]\napp = "unlost.demo.shop"\n'
 
 
-def prepare(folder: Path, broker: str = "") -> bool:
-    """An empty folder for a run, whose settings name the broker (a URL without secrets), if it is none in the folder
+def prepare(folder: Path, broker: str = "", store: str = "") -> bool:
+    """An empty folder for a run, whose settings name broker and store (URLs without secrets), if they are not in the folder
     itself. True if an earlier demo had to make place.
 
     Raises:
@@ -33,9 +33,12 @@ def prepare(folder: Path, broker: str = "") -> bool:
             f"{folder} is there already, and no demo made it",
             fix="run the demo in another folder, or move it",
         )
+    told = {"broker": broker, "store": store}
     try:
         folder.mkdir(exist_ok=True)
-        (folder / "pyproject.toml").write_text(_PYPROJECT + (f"broker = {json.dumps(broker)}\n" if broker else ""))
+        (folder / "pyproject.toml").write_text(
+            _PYPROJECT + "".join(f"{k} = {json.dumps(v)}\n" for k, v in told.items() if v)
+        )
     except OSError as e:
         raise UsageError(
             "UL1391", f"the demo cannot write to {folder}", found=str(e), fix="run it where you may write"

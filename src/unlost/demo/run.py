@@ -8,7 +8,6 @@ import signal
 import sys
 from pathlib import Path
 
-import apsw
 import msgspec
 
 from unlost import App, OutcomeUnknown, Unavailable, UnlostError, UsageError
@@ -26,8 +25,11 @@ from unlost.demo.verdict import Verdict, compare
 from unlost.events import Envelope
 from unlost.ops.books import Named, name_missing
 from unlost.ops.books import books as balance
-from unlost.sqlite.file import File
+from unlost.ops.store import migrate
+from unlost.store.connect import records
+from unlost.store.port import Look, Records
 from unlost.store.progress import Runs
+from unlost.store.records import FileRecords
 from unlost.world import REAL, World
 
 BATCH = 250  # orders in one publish
@@ -71,6 +73,7 @@ def main(
     folder: Path | None = None,
     json: bool = False,
     broker: str | None = None,
+    store: str | None = None,
 ) -> int:
     """Runs the demo and returns its exit code."""
     folder = (folder or Path.cwd() / "unlost-demo").absolute()
@@ -80,12 +83,19 @@ def main(
         number = _number(orders)
         if kills < 0:
             raise UsageError("UL1393", "--kill takes the number of kills", found=str(kills), fix="0 or more")
-        place = brokers.place(folder, broker)
+        place = brokers.place(folder, broker, store)
         _check_bug(break_, on_kafka=place.on_kafka)
         chosen = read_orders(number)
         if place.on_kafka:
             log = kafka_log(place.url)  # nothing is made before it answers
-        anew = prepare(folder, place.url if place.on_kafka and not place.has_secrets else "")
+        if place.on_postgres and place.store is not None:
+            migrate(place.store, operator="demo", reason="a schema of its own")
+        shows = not place.has_secrets
+        anew = prepare(
+            folder,
+            place.url if place.on_kafka and shows else "",
+            place.store or "" if place.on_postgres and shows else "",
+        )
         screen.opening(len(chosen), kills, seed, break_, broker_path(folder), place, anew)
         result = asyncio.run(_Demo(chosen, kills, seed, break_, folder, place, screen, log).run())
     except UnlostError as e:
@@ -121,12 +131,13 @@ class _Demo:
         self.struck: list[Kill] = []
         self.strikes_begun = 0
         self.published = 0
-        self.web = App(name="web", broker=place.url, store=place.store, schema="schema.sql")
+        self.web = App(name="web", broker=place.url, store=place.store or place.url, schema="schema.sql")
         self.processes = Processes(folder, place.url, bug, place.store)
         self.began = REAL.monotonic()
         self._moved = REAL.monotonic()
-        self._seen_commits = -1
+        self._seen_commits: object = None
         self._ends: dict[Place, int] = {}  # of the log, when it was last asked
+        self._records: Records | None = None
 
     @property
     def dealt(self) -> int:
@@ -156,6 +167,8 @@ class _Demo:
                 return self._result(complete, seconds)
         finally:
             self.processes.stop(grace=5.0)
+            if self._records is not None:
+                self._records.close()
 
     # --- the web front -----------------------------------------------------------------------------------
 
@@ -224,24 +237,33 @@ class _Demo:
     def _in_hands(self, service: str) -> set[Delivered]:
         """What the service's process was given to handle, and what has no outcome."""
         given = self.processes.given(service, self.processes.pid(service))
-        fated = self.file.read(lambda c: _fated(c, service))
-        return {place for place in given if place[0] not in fated or place[1] not in fated[place[0]]}
+        fated = self.records.read(lambda look: _fated(look, service))
+        marked = self.records.read(lambda look: _marked(look, service)) if self.place.on_postgres else set()
+        return {p for p in given if p not in marked and (p[0] not in fated or p[1] not in fated[p[0]])}
 
     def _is_back(self, service: str, hands: set[Delivered]) -> bool:
         """It owns partitions again, and was given again what the dead one had in its hands, or never will be: a planted
         bug may have moved the position past it."""
         pid = self.processes.pid(service)
         sql = "select count(*) from unlost_epoch where service = ? and pid = ?"
-        owns = self.file.read(lambda c: c.execute(sql, (service, pid)).fetchone()[0])
+        owns = self.records.read(lambda look: look.execute(sql, (service, pid)).fetchone()[0])
         missing = hands - self.processes.given(service, pid).keys()
-        positions = self.file.read(lambda c: _positions(c, service)) if missing else {}
+        positions = self.records.read(lambda look: _positions(look, service)) if missing else {}
         return bool(owns) and all(position < positions[partition] for partition, position in missing)
 
     # --- looking -----------------------------------------------------------------------------------------
 
     @property
-    def file(self) -> File:
-        return self.web.file
+    def records(self) -> Records:
+        """What the services' store says."""
+        if self._records is None:
+            elsewhere = self.place.store if self.place.on_postgres else None
+            self._records = FileRecords(self.web.file) if elsewhere is None else records(elsewhere)
+        return self._records
+
+    @property
+    def _log(self) -> Log:
+        return self.log or EmbeddedLog(self.web.file)
 
     async def _look(self, pause: float = LOOK_SECONDS) -> None:
         self.processes.look_after()
@@ -265,15 +287,15 @@ class _Demo:
         nobody can say whether these will still be handled; then a while without any commit has to do."""
         if not self._is_drained():
             return False
-        return not self.file.read(_passed_over) or self._quiet_seconds() > QUIET_SECONDS
+        return not self.records.read(_passed_over) or self._quiet_seconds() > QUIET_SECONDS
 
     def _is_drained(self) -> bool:
         """Every service is at the end of the log, nobody waits for a retry, and nothing of what was accepted is still on
         its way into the log. First what the store says, then the log: so nothing can hide between the two."""
-        log = self.log or EmbeddedLog(self.file)
+        log = self._log
 
         def work() -> bool:
-            positions = self.file.read(_idle_positions)
+            positions = self.records.read(lambda look: _idle_positions(self.records, look))
             if positions is None or any(at < self._ends.get(p, 0) for p, at in positions):
                 return False
             self._ends = dict(log.ends({place for place, _ in positions}))
@@ -286,25 +308,25 @@ class _Demo:
 
     def _quiet_seconds(self) -> float:
         """How long ago anything was last seen to be committed."""
-        commits = self.file.read(_commits)
+        commits = self.records.read(_traces)
         if commits != self._seen_commits:
             self._seen_commits, self._moved = commits, REAL.monotonic()
         return REAL.monotonic() - self._moved
 
     def _done(self, service: str) -> int:
         """Events of a service that came to an end."""
-        return self.file.read(lambda c: _ended(c, service))
+        return self.records.read(lambda look: _ended(look, service))
 
     def _settled(self) -> int:
-        dead = self.file.read(lambda c: _dead(c, "payment"))
+        dead = self.records.read(lambda look: _dead(look, "payment"))
         return min(self._done("settlement"), self._done("notification")) + dead
 
     def _result(self, complete: bool, seconds: float) -> Result:
-        books = balance(self.file, log=self.log)
+        books = balance(self.records, log=self._log)
         return Result(
             orders=len(self.orders), seed=self.seed, bug=self.bug, seconds=seconds, kills=self.struck, books=books,
-            named=name_missing(self.file, books.missing, log=self.log),
-            verdict=compare(self.orders, self.file, self.folder / "letters.txt", self.processes.all_notes()),
+            named=name_missing(self.records, books.missing, log=self._log),
+            verdict=compare(self.orders, self.records, self.folder / "letters.txt", self.processes.all_notes()),
             troubles=self.processes.troubles(), complete=complete,
         )  # fmt: skip
 
@@ -353,50 +375,61 @@ def _as_json(result: Result) -> dict[str, object]:
     }
 
 
-# --- read from the file, each in its own snapshot ------------------------------------------------------------
+# --- read from the store, each in its own snapshot ------------------------------------------------------------
 
 
-def _fated(c: apsw.Connection, service: str) -> dict[int, Runs]:
-    rows = c.execute("select partition, fated from unlost_progress where service = ?", (service,))
+def _fated(look: Look, service: str) -> dict[int, Runs]:
+    rows = look.execute("select partition, fated from unlost_progress where service = ?", (service,))
     return {partition: Runs.decode(fated) for partition, fated in rows}
 
 
-def _positions(c: apsw.Connection, service: str) -> dict[int, int]:
+def _marked(look: Look, service: str) -> set[Delivered]:
+    """What was committed with its handler's own transaction, and whose position is settled after it."""
+    rows = look.execute(
+        "select p.partition, i.position from unlost_progress p join unlost_inbox i on i.unit = p.number "
+        "and i.position >= p.position where p.service = ?",
+        (service,),
+    )
+    return set(rows.fetchall())
+
+
+def _positions(look: Look, service: str) -> dict[int, int]:
     """From where each partition goes on."""
-    rows = c.execute("select partition, position from unlost_progress where service = ?", (service,))
+    rows = look.execute("select partition, position from unlost_progress where service = ?", (service,))
     return dict(rows.fetchall())
 
 
-def _ended(c: apsw.Connection, service: str) -> int:
-    rows = c.execute("select counts from unlost_progress where service = ?", (service,)).fetchall()
+def _ended(look: Look, service: str) -> int:
+    rows = look.execute("select counts from unlost_progress where service = ?", (service,)).fetchall()
     done = sum(msgspec.json.decode(counts, type=dict[str, int]).get("done", 0) for (counts,) in rows)
-    return done + _dead(c, service)
+    return done + _dead(look, service)
 
 
-def _dead(c: apsw.Connection, service: str) -> int:
+def _dead(look: Look, service: str) -> int:
     sql = "select count(*) from unlost_ledger where service = ? and state = 'dead'"
-    (number,) = c.execute(sql, (service,)).fetchone()
+    (number,) = look.execute(sql, (service,)).fetchone()
     return int(number)
 
 
-def _idle_positions(c: apsw.Connection) -> list[tuple[Place, int]] | None:
+def _idle_positions(records: Records, look: Look) -> list[tuple[Place, int]] | None:
     """From where each service goes on; None while anything waits for a retry or is on its way into the log."""
-    if c.execute("select 1 from unlost_outbox where raw is null limit 1").fetchone() is not None:
+    if records.accepted(look).events:
         return None
-    if c.execute("select 1 from unlost_waiting where due is not null limit 1").fetchone() is not None:
+    if look.execute("select 1 from unlost_waiting where due is not null limit 1").fetchone() is not None:
         return None
-    rows = c.execute("select service, topic, partition, position from unlost_progress").fetchall()
+    rows = look.execute("select service, topic, partition, position from unlost_progress").fetchall()
     if not {service for service, *_ in rows} >= set(SERVICES):
         return None
     return [((topic, partition), position) for _, topic, partition, position in rows]
 
 
-def _passed_over(c: apsw.Connection) -> bool:
+def _passed_over(look: Look) -> bool:
     """Whether a position is ahead of an event without an outcome. Never so, but for planted bugs."""
-    rows = c.execute("select start, position, fated from unlost_progress").fetchall()
+    rows = look.execute("select start, position, fated from unlost_progress").fetchall()
     return any(Runs.decode(fated).first_gap(start) < position for start, position, fated in rows)
 
 
-def _commits(c: apsw.Connection) -> int:
-    (number,) = c.execute("select n from unlost_commit").fetchone()
-    return int(number)
+def _traces(look: Look) -> object:
+    """What changes with everything that is settled."""
+    position = look.execute("select sum(position), sum(epoch) from unlost_progress").fetchone()
+    return position, look.execute("select count(*), max(since) from unlost_ledger").fetchone()

@@ -63,9 +63,12 @@ class Screen:
         self.say(" · ".join([*parts, f"seed {seed}"]))
         if place.on_kafka:
             self.say(f"broker  {place.shown}   all in-sync replicas have an event before it is acknowledged")
-            self.say(f"store   {shown(store_path(path.parent.parent))}")
         else:
             self.say(f"broker  {shown(path)}   one file, fsync before every acknowledgement")
+        if place.on_postgres:
+            self.say(f"store   {place.store_shown}")
+        elif place.on_kafka:
+            self.say(f"store   {shown(store_path(path.parent.parent))}")
         if anew:
             what = (
                 "what an earlier demo kept there is" if place.on_kafka else "the events of the earlier demo there are"
@@ -144,6 +147,11 @@ class Screen:
             self._balanced(result, folder, place, orders)
         if place.on_kafka:
             self.say(f"The topics {place.prefix}* stay on the cluster; delete them when you have seen enough.")
+        if place.on_postgres:
+            schema = place.prefix.rpartition("unlost-demo-")[2].rstrip(".")
+            self.say(
+                f"The schema unlost_demo_{schema} stays in the database: drop schema … cascade when you have seen enough."
+            )
 
     def _complaints(self, result: Result) -> list[str]:
         v, lines = result.verdict, missing_lines(result.books, result.named, shown=NAMES_SHOWN)
@@ -173,8 +181,13 @@ class Screen:
         customer = orders[min(17, len(orders)) - 1].customer_id
         cd = f"cd {shown(folder).removeprefix('./')}"
         self.say(f"  {cd:<33} then: unlost audit · unlost dead list · unlost tail --key {customer}")
-        if place.on_kafka and (place.has_secrets or "UNLOST_BROKER" in os.environ):
-            self.say(f"  with UNLOST_BROKER='{place.shown}'" + (" (and your password)" if place.has_secrets else ""))
+        names = {
+            "BROKER": place.shown if place.on_kafka else "",
+            "STORE": place.store_shown if place.on_postgres else "",
+        }
+        if any(value and (place.has_secrets or f"UNLOST_{name}" in os.environ) for name, value in names.items()):
+            told = " ".join(f"UNLOST_{name}='{value}'" for name, value in names.items() if value)
+            self.say(f"  with {told}" + (" (and your password)" if place.has_secrets else ""))
 
     def _clear(self) -> None:
         if self._line:

@@ -103,12 +103,13 @@ async def settle(completed: PaymentCompleted, ctx: Context) -> None:
     async with ctx.transaction() as db:
         await db.execute(
             "insert into settlement values (?, ?, 1) "
-            "on conflict do update set cents = cents + excluded.cents, orders = orders + 1",
+            "on conflict (day) do update set cents = settlement.cents + excluded.cents, orders = settlement.orders + 1",
             (day, cents),
         )
         await db.execute(
-            "insert into settled_order (order_id, customer_id, day, cents) values (?, ?, ?, ?)",
-            (completed.order_id, completed.customer_id, day, cents),
+            "insert into settled_order (order_id, customer_id, day, cents, number) "
+            "select ?, ?, ?, ?, coalesce(max(number), 0) + 1 from settled_order where customer_id = ?",
+            (completed.order_id, completed.customer_id, day, cents, completed.customer_id),
         )
 
 

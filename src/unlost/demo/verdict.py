@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import apsw
 import msgspec
 
 from unlost.demo.orders import Order, per_day
 from unlost.demo.service import Place
 from unlost.ops import shelf
-from unlost.sqlite.file import File
+from unlost.store.port import Look, Records
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,15 +44,15 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(
-    orders: Sequence[Order], file: File, letters: Path, notes: Mapping[str, Sequence[Counter[Place]]]
+    orders: Sequence[Order], records: Records, letters: Path, notes: Mapping[str, Sequence[Counter[Place]]]
 ) -> Verdict:
     """`notes`: per service the notebooks of its processes, in the sequence of their lives."""
     payable = {order.id for order in orders if order.cents}
     unpayable = {order.id for order in orders if not order.cents}
     expected = per_day(orders)
-    by_day, settled = file.read(_read_tables)
+    by_day, settled = records.read(_read_tables)
     times = Counter(id for id, _ in settled)
-    dead, strangers = _dead_orders(file)
+    dead, strangers = _dead_orders(records)
     sent = _sent(letters)
     again = tried = 0
     for books in notes.values():
@@ -81,16 +80,16 @@ def compare(
     )
 
 
-def _read_tables(c: apsw.Connection) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]]]:
-    days = {day: (cents, number) for day, cents, number in c.execute("select day, cents, orders from settlement")}
-    rows = c.execute("select order_id, customer_id from settled_order order by number").fetchall()
+def _read_tables(look: Look) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]]]:
+    days = {day: (cents, number) for day, cents, number in look.execute("select day, cents, orders from settlement")}
+    rows = look.execute("select order_id, customer_id from settled_order order by customer_id, number").fetchall()
     return days, [(order_id, customer_id) for order_id, customer_id in rows]
 
 
-def _dead_orders(file: File) -> tuple[list[str], int]:
+def _dead_orders(records: Records) -> tuple[list[str], int]:
     """Orders that payment put on the shelf, and how many dead letters are something else."""
     dead, strangers = [], 0
-    for letter in shelf.letters(file):
+    for letter in shelf.letters(records):
         if letter.service == "payment" and letter.reason == "rejected" and letter.data is not None:
             dead.append(str(msgspec.json.decode(letter.data)["order_id"]))
         else:

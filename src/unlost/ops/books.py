@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import apsw
 import msgspec
 
 from unlost.audit import Books, Evidence, Listed, Missing, Passed, reconcile
-from unlost.brokers.embedded.log import EmbeddedLog
 from unlost.brokers.port import Log, Place
 from unlost.errors import Damaged, UsageError
 from unlost.events import event_hash
 from unlost.events.topic import Arrival, TopicInfo, Unit
-from unlost.sqlite.file import File
-from unlost.sqlite.process import Remains, examine, service_hash
+from unlost.ops.connect import log_of
+from unlost.ops.outbox import OutboxStatus, contradictions, status_of
+from unlost.store.port import Look, Records
 from unlost.store.progress import Runs
+from unlost.store.records import FileRecords
 
 NAMED_MAX = 1000
 READ_MAX = 500  # events in one look at the log
+UNITS_MAX = 100  # in one statement
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +47,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     topic_id: str
     partitions: int  # on which the service has positions
     start: int
-    start_digest: int
+    start_digest: int | None  # of the log before it; None: nobody has noted it
     position: int
     fated: Sequence[tuple[int, int]]
     counts: dict[str, int]
@@ -58,112 +60,114 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     declared: bool  # the App declares a retention for the topic
 
 
-def books(file: File, services: Sequence[str] | None = None, *, log: Log | None = None) -> Books:
+def books(records: Records, services: Sequence[str] | None = None, *, log: Log | None = None) -> Books:
     """Balances the books of every service of this store (or of those named). `log` is that of its broker; without it
     the log is in the same file.
 
     Raises:
         UsageError: a service of that name has never run here.
     """
-    return examine_all(file, services, log=log).books
+    return examine_all(records, services, log=log).books
 
 
 class Examined(msgspec.Struct, frozen=True, kw_only=True):
-    """The books, and what became of reading the log again, where that was asked for."""
+    """The books, what is still to be sent, and what became of reading the log again, where that was asked for."""
 
     books: Books
+    outbox: OutboxStatus
     compared: int = 0  # units whose events were read again and compared with the saved digest
     unverified: Sequence[str] = ()  # units of which that cannot be done, and why
 
 
 def examine_all(
-    file: File, services: Sequence[str] | None = None, *, log: Log | None = None, read_again: bool = False
+    records: Records,
+    services: Sequence[str] | None = None,
+    *,
+    log: Log | None = None,
+    read_again: bool = False,
+    lost: Sequence[tuple[str, str]] = (),
 ) -> Examined:
-    """The same; `read_again` reads what every unit has handled once more, where the log has no digest of its own."""
-    log = log or EmbeddedLog(file)
+    """The same; `read_again` reads what every unit has handled once more, where the log has no digest of its own. `lost`
+    says of services what the broker knows to be gone from here."""
+    log = log or log_of(records)
 
-    def work() -> Examined:
-        known = file.read(lambda c: {row[0] for row in c.execute("select name from unlost_service")})
+    def gather(look: Look) -> tuple[list[Stored], list[tuple[str, str]], OutboxStatus]:
+        known = {name for (name,) in look.execute("select name from unlost_service")}
         for name in services or ():
             if name not in known:
                 raise UsageError(
                     "UL1331", f"no service {name!r} has run on this broker", found=", ".join(sorted(known)) or "none"
                 )
-        found, traces = file.read(lambda c: (stored(file, c), vanished(c)))
+        return stored(records, look), vanished(records, look), status_of(records, look)
+
+    def work() -> Examined:
+        # The log is asked after the store, so that it is never behind it; the snapshot of a file begins with its first
+        # statement. What leaves the outbox in between is counted twice, and never not at all.
+        found, traces, outbox = records.read(gather)
+        traces += lost
         if services:
             found = [s for s in found if s.unit.service in services]
             traces = [(name, text) for name, text in traces if name in services]
-        infos = {
-            t.name: t for t in log.topics({s.unit.topic for s in found})
-        }  # after the store: the log is never behind it
+        infos = {t.name: t for t in log.topics({s.unit.topic for s in found})}
         again = _Again(log, found, infos) if read_again else None
         digests = {} if again is None else again.digests
         evidence = [_evidence(s, infos.get(s.unit.topic), log, digests) for s in found]
-        balanced = reconcile(evidence, [text for _, text in traces], list(_changed(found, infos)))
-        return Examined(books=balanced, compared=len(digests), unverified=[] if again is None else again.unverified)
+        findings = [*_changed(found, infos), *contradictions(outbox)]
+        unverified = _incomparable(evidence, log) if again is None else again.unverified
+        balanced = reconcile(evidence, [text for _, text in traces], findings)
+        return Examined(books=balanced, outbox=outbox, compared=len(digests), unverified=unverified)
 
     return log.together(work)
 
 
-def gather(file: File, log: Log | None = None) -> list[Evidence]:
+def gather(records: Records, log: Log | None = None) -> list[Evidence]:
     """All that is known of each unit."""
-    log = log or EmbeddedLog(file)
+    log = log or log_of(records)
 
     def work() -> list[Evidence]:
-        found = file.read(lambda c: stored(file, c))
+        found = records.read(lambda look: stored(records, look))
         infos = {t.name: t for t in log.topics({s.unit.topic for s in found})}
         return [_evidence(s, infos.get(s.unit.topic), log, {}) for s in found]
 
     return log.together(work)
 
 
-def stored(file: File, c: apsw.Connection) -> list[Stored]:
-    """The store's side of every unit, from one snapshot."""
-    numbers: dict[str, int] = dict(c.execute("select name, first_number from unlost_topic").fetchall())
+def stored(records: Records, look: Look) -> list[Stored]:
+    """The store's side of every unit, from one snapshot: each table is read once."""
     retained = {
         name: set(msgspec.json.decode(policy).get("retained", ()))
-        for name, policy in c.execute("select name, policy from unlost_service")
+        for name, policy in look.execute("select name, policy from unlost_service")
     }
-    remains: dict[str, Remains] = {}
-    found = []
-    rows = c.execute(
+    rows = look.execute(
         "select service, topic, partition, topic_id, start, start_digest, owner, position, fated, counts, digest, "
         "count(*) over (partition by service, topic) from unlost_progress order by service, topic, partition"
     ).fetchall()
+    processes = records.processes(look)
+    listed: dict[Unit, list[Listed]] = defaultdict(list)
+    for *unit, position, state, id in look.execute(
+        "select service, topic, partition, position, state, id from unlost_ledger "
+        "order by service, topic, partition, position"
+    ):
+        listed[Unit(*unit)].append(Listed(position, state, id))
+    passed: dict[Unit, list[Passed]] = defaultdict(list)
+    for *unit, a, b, kind, why, declared in look.execute(
+        'select service, topic, partition, start, "end", kind, why, declared from unlost_gap '
+        "order by service, topic, partition, start"
+    ):
+        passed[Unit(*unit)].append(Passed(a, b, kind, why, bool(declared)))
+    shelf, waiting = _positions(look, "unlost_shelf"), _positions(look, "unlost_waiting")
+    found = []
     for service, topic, partition, id, start, start_digest, owner, position, fated, counts, digest, partitions in rows:
-        if owner is not None and owner not in remains:
-            remains[owner] = (
-                examine(file.run_folder, owner) if owner != file.process_id else Remains(True, False, {}, {})
-            )
-        read = 0
-        if owner is not None and remains[owner].alive and topic in numbers:
-            read = remains[owner].read.get((service_hash(service), numbers[topic] + partition), 0)
         unit = Unit(service, topic, partition)
+        process = processes.get(owner)
         found.append(
             Stored(
-                unit=unit, topic_id=id, partitions=partitions, start=start, start_digest=start_digest,
-                position=position, fated=list(Runs.decode(fated)),
-                counts=msgspec.json.decode(counts, type=dict[str, int]), digest=digest,
-                listed=[
-                    Listed(*row)
-                    for row in c.execute(
-                        "select position, state, id from unlost_ledger "
-                        "where service = ? and topic = ? and partition = ? order by position",
-                        unit,
-                    )
-                ],
-                on_shelf=_positions(c, "unlost_shelf", unit),
-                in_waiting_room=_positions(c, "unlost_waiting", unit),
-                read=read,
-                passed=[
-                    Passed(a, b, kind, why, bool(declared))
-                    for a, b, kind, why, declared in c.execute(
-                        'select start, "end", kind, why, declared from unlost_gap '
-                        "where service = ? and topic = ? and partition = ? order by start",
-                        unit,
-                    )
-                ],
-                declared=topic in retained.get(service, ()),
+                unit=unit, topic_id=id, partitions=partitions, start=start,
+                start_digest=None if start and not start_digest else start_digest, position=position,
+                fated=list(Runs.decode(fated)), counts=msgspec.json.decode(counts, type=dict[str, int]), digest=digest,
+                listed=listed[unit], on_shelf=frozenset(shelf[unit]), in_waiting_room=frozenset(waiting[unit]),
+                read=process.read.get(unit, 0) if process is not None and process.alive else 0,
+                passed=passed[unit], declared=topic in retained.get(service, ()),
             )
         )  # fmt: skip
     return found
@@ -260,50 +264,59 @@ def _is_same(s: Stored, info: TopicInfo | None) -> bool:
     return info is not None and info.id == s.topic_id and s.unit.partition < info.partitions
 
 
-def vanished(c: apsw.Connection) -> list[tuple[str, str]]:
+def _incomparable(evidence: Iterable[Evidence], log: Log) -> list[str]:
+    """Where a log that keeps digests has none for what was handled."""
+    return [
+        f"{e.service} {e.topic}/{e.partition}: its books begin at position {e.start}, and what the log held before is not known any more"
+        for e in evidence
+        if e.log_digest is None and e.fated and not log.forgets
+    ]  # fmt: skip
+
+
+def vanished(records: Records, look: Look) -> list[tuple[str, str]]:
     """Units and services of which there are traces, but no saved progress: what became of their events?"""
-    traces = " union ".join(
-        f"select service, topic, partition from {table}"
-        for table in (
-            "unlost_assignment",
-            "unlost_epoch",
-            "unlost_ledger",
-            "unlost_waiting",
-            "unlost_shelf",
-            "unlost_gap",
-        )
-    )
-    units = c.execute(
-        f"select service, topic, partition from ({traces}) except select service, topic, partition from unlost_progress "
+    tables = ["unlost_epoch", "unlost_ledger", "unlost_waiting", "unlost_shelf", "unlost_gap"]
+    if isinstance(records, FileRecords):
+        tables.append("unlost_assignment")
+    traces = " union ".join(f"select service, topic, partition from {table}" for table in tables)
+    units = look.execute(
+        f"select service, topic, partition from ({traces}) t except select service, topic, partition from unlost_progress "
         "order by 1, 2, 3"
     ).fetchall()
     found = [
         (service, f"{service} {topic}/{partition}: its saved progress is gone") for service, topic, partition in units
     ]
-    idle = c.execute(
-        "select name from unlost_service where json_extract(policy, '$.topics') > 0 "
-        "and name not in (select service from unlost_progress) order by name"
+    idle = look.execute(
+        "select name, policy from unlost_service where name not in (select service from unlost_progress) order by name"
     ).fetchall()
-    return found + [(name, f"{name}: all of its saved progress is gone") for (name,) in idle]
+    return found + [
+        (name, f"{name}: all of its saved progress is gone")
+        for name, policy in idle
+        if msgspec.json.decode(policy, type=dict[str, Any]).get("topics", 0)
+    ]
 
 
-def _positions(c: apsw.Connection, table: str, unit: tuple[str, str, int]) -> frozenset[int]:
-    rows = c.execute(f"select position from {table} where service = ? and topic = ? and partition = ?", unit)
-    return frozenset(row[0] for row in rows)
+def _positions(look: Look, table: str) -> dict[Unit, set[int]]:
+    found: dict[Unit, set[int]] = defaultdict(set)
+    for *unit, position in look.execute(f"select service, topic, partition, position from {table}"):
+        found[Unit(*unit)].add(position)
+    return found
 
 
 # --- names for what is missing -----------------------------------------------------------------------------
 
 
 def name_missing(
-    file: File, missing: Sequence[Missing], limit: int = NAMED_MAX, *, log: Log | None = None
+    records: Records, missing: Sequence[Missing], limit: int = NAMED_MAX, *, log: Log | None = None
 ) -> list[Named]:
     """Looks up the first missing events: their ids, and in whose hands they were last."""
-    log = log or EmbeddedLog(file)
+    log = log or log_of(records)
+    chosen = missing[:limit]
 
     def work() -> list[Named]:
-        there = _look_up(log, missing[:limit])
-        return [_name(m, there.get((m.topic, m.partition, m.position)), _last_seen(file, m)) for m in missing[:limit]]
+        owners = records.read(lambda look: _owners(look, {Unit(m.service, m.topic, m.partition) for m in chosen}))
+        there = _look_up(log, chosen)
+        return [_name(m, there.get((m.topic, m.partition, m.position)), _last_seen(owners, m)) for m in chosen]
 
     return log.together(work)
 
@@ -342,17 +355,32 @@ def _runs(positions: Iterable[int]) -> Runs:
     return runs
 
 
-def _last_seen(file: File, m: Missing) -> str:
-    epoch = file.read(
-        lambda c: c.execute(
-            "select epoch, pid, taken from unlost_epoch where service = ? and topic = ? and partition = ? "
-            "and position <= ? order by epoch desc limit 1",
-            (m.service, m.topic, m.partition, m.position),
-        ).fetchone()
-    )
-    if epoch is None:
+class _Owner(NamedTuple):
+    position: int  # where it began
+    epoch: int
+    pid: int
+
+
+def _owners(look: Look, units: Iterable[Unit]) -> dict[Unit, list[_Owner]]:
+    """Who had these units, one after another."""
+    found: dict[Unit, list[_Owner]] = defaultdict(list)
+    chosen = sorted(units)
+    for n in range(0, len(chosen), UNITS_MAX):
+        some = chosen[n : n + UNITS_MAX]
+        where = " or ".join(["(service = ? and topic = ? and partition = ?)"] * len(some))
+        for *unit, position, epoch, pid in look.execute(
+            f"select service, topic, partition, position, epoch, pid from unlost_epoch where {where} order by epoch",
+            [value for u in some for value in u],
+        ):
+            found[Unit(*unit)].append(_Owner(position, epoch, pid))
+    return found
+
+
+def _last_seen(owners: Mapping[Unit, Sequence[_Owner]], m: Missing) -> str:
+    had = [owner for owner in owners.get(Unit(m.service, m.topic, m.partition), ()) if owner.position <= m.position]
+    if not had:
         return "in the log; no process of the service has had this partition"
-    return f"in the hands of {m.service} (pid {epoch[1]}, epoch {epoch[0]})"
+    return f"in the hands of {m.service} (pid {had[-1].pid}, epoch {had[-1].epoch})"
 
 
 def _name(m: Missing, arrival: Arrival | None, last_seen: str) -> Named:
@@ -367,6 +395,6 @@ def _name(m: Missing, arrival: Arrival | None, last_seen: str) -> Named:
     )  # fmt: skip
 
 
-def verify(file: File, limit: int = 100, *, log: Log | None = None) -> list[str]:
+def verify(records: Records, limit: int = 100, *, log: Log | None = None) -> list[str]:
     """What is wrong with the stored events, where the log keeps checksums that can be checked."""
-    return list((log or EmbeddedLog(file)).verify(limit))
+    return list((log or log_of(records)).verify(limit))

@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import apsw
 import msgspec
 
 from unlost import config
 from unlost.app import App
-from unlost.brokers.connect import embedded_path, examiner, is_kafka
+from unlost.brokers.connect import examiner
 from unlost.brokers.embedded.doctor import library, look_at_file
 from unlost.brokers.findings import SEVERITIES, Examination, Finding, Ours, Severity
+from unlost.brokers.port import Saved as Told
 from unlost.config import hide_secrets
 from unlost.delivery import note
 from unlost.errors import Unavailable, UnlostError, UsageError
 from unlost.events.topic import Unit
-from unlost.ops.connect import Looking, belongs_to
-from unlost.sqlite.file import File
-from unlost.sqlite.process import examine
-from unlost.store.connect import store_path
+from unlost.ops.connect import NO_FILE, Looking, belongs_to
+from unlost.ops.doctor_postgres import check_postgres
+from unlost.ops.outbox import HELD_SECONDS, contradictions, status_of
+from unlost.store import connect as stores
+from unlost.store.port import Look, Records
+from unlost.store.records import FileRecords
 from unlost.world import REAL
 
 STUCK_SECONDS = 60.0  # an outbox that a process empties is empty sooner
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 SHOWN = 5
+WHY_CLOSED = ("UL4601", "UL4604", "UL4605", "UL4606", "UL4607", "UL4608")  # each of these says why it cannot be opened
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +55,7 @@ class Saved(NamedTuple):
 
 
 class StoreFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What the store's file says."""
+    """What the store's tables say."""
 
     path: str
     id: str
@@ -61,6 +64,10 @@ class StoreFacts(msgspec.Struct, frozen=True, kw_only=True):
     unsent: int
     oldest: int | None  # when the oldest unsent event was accepted, microseconds
     relay: bool  # whether a living process sends
+    refused: bool = False  # the broker has not taken the first of them for long
+    contradictions: Sequence[str] = ()  # of the outbox's books
+    numbered: bool = False  # it has books
+    a_file: bool = True
 
     @property
     def services(self) -> dict[str, frozenset[str]]:
@@ -76,28 +83,74 @@ def doctor(url: str | None = None, *, services: Collection[str] = (), app: App |
     Raises:
         Unavailable: the broker does not answer. UsageError: there is no such broker or service.
     """
-    setting = config.setting("broker", flag=url, code=app.broker_url if app is not None else None)
-    if is_kafka(setting.value):
-        stored = config.setting("store", code=app.store_url if app is not None else None)
-        looking = Looking(setting.value, store_path(stored.value), stored.source)
-    else:
-        looking = Looking(setting.value, embedded_path(setting.value), setting.source)
+    broker = config.setting("broker", flag=url, code=app.broker_url if app is not None else None)
+    store = config.setting("store", code=app.store_url if app is not None else None)
+    looking = Looking(broker, store)
     try:
-        return _embedded(looking) if looking.embedded else _elsewhere(looking, frozenset(services), app)
+        if looking.embedded:
+            return _embedded(looking, frozenset(services), app)
+        return _elsewhere(looking, frozenset(services), app)
     finally:
         looking.close()
 
 
-def _embedded(looking: Looking) -> Diagnosis:
+def _embedded(looking: Looking, services: frozenset[str], app: App | None) -> Diagnosis:
+    findings: list[Finding] = []
+    found, chosen = Examination(title="embedded", findings=[]), ""
+    opens = _broker_file(looking, findings)
+    if opens is not None:
+        found = examiner(looking.url).examine(Ours())
+    sound = looking.postgres and _server(looking, findings)
+    if opens:
+        records = _tables(looking, findings) if sound or not looking.postgres else None
+        if records is not None and looking.elsewhere:
+            findings.append(_others(looking))
+        if records is not None and looking.postgres:
+            store = read_store(records)
+            if store.broker not in (None, looking.log.identity):
+                findings.append(_another_broker(store, looking.log.identity))
+            else:
+                ours, chosen = _ours(services, app, store)
+                _see_group(looking, found, ours)
+                findings += check_store(store, found, REAL.now(), EMBEDDED)
+    return _diagnosis(looking, found, chosen, [*findings, *found.findings])
+
+
+def _broker_file(looking: Looking, findings: list[Finding]) -> bool | None:
+    """Whether it opens; None: there is none yet, which matters only where it is the store as well."""
     try:
         _ = looking.file
-        opens = _ok("UL4401", f"{looking.path} opens, with all that was acknowledged")
-    except UsageError:
-        raise
+    except UsageError as e:
+        if not looking.postgres or e.code != NO_FILE:
+            raise
+        findings.append(
+            Finding(
+                severity="note", code="UL4401", what="there is no broker file yet: what only it can tell was not checked",
+                evidence=looking.name, fix="start a service, or name the one that they use with UNLOST_BROKER",
+            )
+        )  # fmt: skip
+        return None
     except UnlostError as e:
-        opens = _cannot_open(e)
-    found = examiner(looking.url).examine(Ours())
-    return _diagnosis(looking, found, "", [opens, *found.findings])
+        findings.append(_cannot_open(e))
+        return False
+    findings.append(_ok("UL4401", f"{looking.broker_path} opens, with all that was acknowledged"))
+    return True
+
+
+def _see_group(looking: Looking, found: Examination, ours: Ours) -> None:
+    """What the embedded broker was told of the store's progress."""
+    found.topics = {t.name: t for t in looking.log.topics() if ours.topics is None or t.name in ours.topics}
+    found.services = sorted(ours.services or ())
+
+    def work(look: Look) -> None:
+        for service, topic, partition, position, text in look.execute(
+            "select service, topic, partition, position, note from unlost_follower"
+        ):
+            if service in found.services:
+                found.saved.setdefault(service, {})[Unit(service, topic, partition)] = Told(position, text)
+
+    found.saved = {}
+    looking.file.read(work)
 
 
 def _elsewhere(looking: Looking, services: frozenset[str], app: App | None) -> Diagnosis:
@@ -105,17 +158,17 @@ def _elsewhere(looking: Looking, services: frozenset[str], app: App | None) -> D
     try:
         identity = doctor.open()
         findings: list[Finding] = []
-        file = _store(looking, findings)
-        store = None if file is None else read_store(file)
+        records = _store(looking, findings)
+        store = None if records is None else read_store(records)
         if store is not None and store.broker not in (None, identity):
             findings.append(_another_broker(store, identity))
-            file = store = None
+            records = store = None
         ours, chosen = _ours(services, app, store)
         examination = doctor.examine(ours)
-        if file is not None:  # once more: a service that runs has gone on, and the group must not seem to be ahead
-            findings += check_store(read_store(file), examination, REAL.now())
-        if looking.path.exists():
-            findings += [*library(), *look_at_file(looking.path)]
+        if records is not None:  # once more: a service that runs has gone on, and the group must not seem to be ahead
+            findings += check_store(read_store(records), examination, REAL.now())
+        if not looking.postgres and looking.store_path.exists():
+            findings += [*library(), *look_at_file(looking.store_path)]
         return _diagnosis(looking, examination, chosen, [*examination.findings, *findings])
     finally:
         doctor.close()
@@ -124,7 +177,7 @@ def _elsewhere(looking: Looking, services: frozenset[str], app: App | None) -> D
 def _diagnosis(looking: Looking, examination: Examination, chosen: str, findings: Sequence[Finding]) -> Diagnosis:
     return Diagnosis(
         broker=hide_secrets(looking.name), title=examination.title, chosen=chosen, topics=sorted(examination.topics),
-        services=examination.services, store=str(looking.path),
+        services=examination.services, store=looking.place,
         findings=sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), f.code)),
     )  # fmt: skip
 
@@ -162,46 +215,97 @@ def _ours(services: frozenset[str], app: App | None, store: StoreFacts | None) -
 # --- the store -------------------------------------------------------------------------------------------
 
 
-def _store(looking: Looking, findings: list[Finding]) -> File | None:
+def _store(looking: Looking, findings: list[Finding]) -> Records | None:
+    """The store of a broker that keeps its log elsewhere."""
+    if looking.postgres:
+        return _tables(looking, findings) if _server(looking, findings) else None
     try:
-        file = looking.store
+        records = looking.store
     except UnlostError as e:
         findings.append(_cannot_open(e))
         return None
-    if file is None:
+    if records is None:
         findings.append(
             Finding(
                 severity="note",
                 code="UL4401",
                 what="there is no store yet: what only it can tell was not checked",
-                evidence=str(looking.path),
+                evidence=looking.place,
                 fix="name the one that the services use with UNLOST_STORE, or start a service",
             )
         )  # fmt: skip
     else:
-        findings.append(_ok("UL4401", f"{looking.path} opens, with all that was acknowledged"))
-    return file
+        findings.append(_ok("UL4401", f"{looking.place} opens, with all that was acknowledged"))
+    return records
 
 
-def read_store(file: File) -> StoreFacts:
-    def work(c: apsw.Connection) -> StoreFacts:
-        rows = c.execute("select service, topic, partition, topic_id, start, position from unlost_progress").fetchall()
-        unsent, oldest = c.execute("select count(*), min(added) from unlost_outbox").fetchone()
-        relay = c.execute("select process from unlost_relay").fetchone()
+def _server(looking: Looking, findings: list[Finding]) -> bool:
+    """Looks PostgreSQL over; whether its tables can be asked as well. What is wrong with it says more than that they
+    cannot be opened."""
+    try:
+        found = check_postgres(stores.examine(looking.store_url))
+    except UnlostError as e:
+        findings.append(_cannot_open(e, worst="error"))
+        return False
+    findings += found
+    return not any(f.severity == "error" and f.code in WHY_CLOSED for f in found)
+
+
+def _tables(looking: Looking, findings: list[Finding]) -> Records | None:
+    try:
+        records = looking.records
+    except UnlostError as e:
+        findings.append(_cannot_open(e, worst="error"))
+        return None
+    if looking.postgres:
+        findings.append(_ok("UL4401", f"{looking.place} can be looked at"))
+    return records
+
+
+def read_store(records: Records) -> StoreFacts:
+    def work(look: Look) -> StoreFacts:
+        rows = look.execute(
+            "select service, topic, partition, topic_id, start, position from unlost_progress"
+        ).fetchall()
+        outbox = status_of(records, look)
         return StoreFacts(
-            path=str(file.path), id=file.store_id, broker=belongs_to(file), unsent=unsent, oldest=oldest,
-            units={Unit(*row[:3]): Saved(*row[3:]) for row in rows},
-            relay=relay is not None and relay[0] is not None and examine(file.run_folder, relay[0]).alive,
+            path=records.place, id=records.id, broker=belongs_to(records), unsent=outbox.events + outbox.copies,
+            oldest=outbox.oldest, units={Unit(*row[:3]): Saved(*row[3:]) for row in rows}, relay=bool(outbox.relays),
+            refused=outbox.refused, contradictions=list(contradictions(outbox)), numbered=bool(outbox.books),
+            a_file=isinstance(records, FileRecords),
         )  # fmt: skip
 
-    return file.read(work)
+    return records.read(work)
 
 
-def check_store(store: StoreFacts, seen: Examination, now: int) -> list[Finding]:
+class Words(NamedTuple):
+    """How the copy of the positions is called that the broker keeps."""
+
+    who: str
+    note: str
+    loses: str
+    forgotten: str
+    keep: str
+    forget: str
+
+
+KAFKA = Words(
+    "the cluster", "the group's note", "the service goes on from its store, but lag monitors and Kafka's tools see none",
+    "the group was deleted, or empty for longer than offsets.retention.minutes", "; then keep it running, or raise offsets.retention.minutes",
+    "delete the group on the cluster (kafka-consumer-groups.sh --delete --group …)",
+)  # fmt: skip
+EMBEDDED = Words(
+    "the broker's file", "its note", "a retention may remove events of it unread",
+    "somebody has removed rows of unlost_follower", "", "give the service another name",
+)  # fmt: skip
+
+
+def check_store(store: StoreFacts, seen: Examination, now: int, words: Words = KAFKA) -> list[Finding]:
     """The store against what was seen of the broker. `now` in microseconds."""
     return [
         _ok("UL4402", "the store belongs to this broker", store.broker or "no service has run on it yet"),
-        *_topics(store, seen), *_positions(store, seen), *_notes(store, seen), *_hosts(store, seen), *_outbox(store, now),
+        *_topics(store, seen), *_positions(store, seen, words), *_notes(store, seen, words), *_hosts(store, seen), *_outbox(store, now),
+        *_numbers(store),
     ]  # fmt: skip
 
 
@@ -227,7 +331,7 @@ def _topics(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
             yield Finding(
                 severity="error", code="UL4404", what=f"the topic {name} has {topic.partitions} partitions now, {service} has its positions on "
                 f"{len(ids)}: keys have moved, and the service will not start",
-                evidence="partitions on the cluster against unlost_progress in the store",
+                evidence="partitions of the broker's topic against unlost_progress in the store",
                 fix="make a topic with the old number and move the events, or give the service a new name",
             )  # fmt: skip
     if not bad and units:
@@ -236,23 +340,22 @@ def _topics(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
         )
 
 
-def _positions(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
+def _positions(store: StoreFacts, seen: Examination, words: Words) -> Iterator[Finding]:
     """Only of groups that could be read, and that nobody is about to acknowledge for."""
     for service, saved in seen.saved.items():
         handled = [u for u, s in store.units.items() if u.service == service and s.position > s.start]
         gone = sorted(u for u in handled if u not in saved and u.topic in seen.topics)
         if gone and not seen.members.get(service):
             yield Finding(
-                severity="warning", code="UL4405", what=f"the cluster has forgotten positions of {service}; the service goes on from its store, "
-                "but lag monitors and Kafka's tools see none",
-                evidence=f"no committed offset for {_named(gone)}: the group was deleted, or empty for longer than offsets.retention.minutes",
-                fix=f"unlost run --service {service} saves them again; then keep it running, or raise offsets.retention.minutes",
+                severity="warning", code="UL4405", what=f"{words.who} has forgotten positions of {service}; {words.loses}",
+                evidence=f"no committed offset for {_named(gone)}: {words.forgotten}",
+                fix=f"unlost run --service {service} saves them again{words.keep}",
             )  # fmt: skip
         elif handled and not gone:
-            yield _ok("UL4405", f"the cluster knows the positions of {service}", f"{len(saved)} committed offsets")
+            yield _ok("UL4405", f"{words.who} knows the positions of {service}", f"{len(saved)} committed offsets")
 
 
-def _notes(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
+def _notes(store: StoreFacts, seen: Examination, words: Words) -> Iterator[Finding]:
     for service, saved in seen.saved.items():
         notes = {unit: found for unit, s in saved.items() if (found := note.decode(s.note)) is not None}
         foreign = sorted(unit for unit, found in notes.items() if found.store != store.id)
@@ -264,16 +367,16 @@ def _notes(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
             theirs = notes[foreign[0]]
             yield Finding(
                 severity="error", code="UL4406", what=f"the progress of {service} is kept in another store: with this one it will not start",
-                evidence=f"the group's note on {_named(foreign)} is of store {theirs.store} (position {theirs.position}), "
+                evidence=f"{words.note} on {_named(foreign)} is of store {theirs.store} (position {theirs.position}), "
                 f"{store.path} is {store.id}",
-                fix="point UNLOST_STORE at the store that the other processes use; if it is gone for good, delete the group on the cluster "
-                "(kafka-consumer-groups.sh --delete --group …), and everything is handled again",
+                fix=f"point UNLOST_STORE at the store that the other processes use; if it is gone for good, {words.forget}, "
+                "and everything is handled again",
             )  # fmt: skip
         if ahead:
             yield Finding(
                 severity="error", code="UL4407", what=f"the store is older than what it had saved of {service}",
-                evidence=f"{_named(ahead)}: it is at {store.units[ahead[0]].position}, the group was told {notes[ahead[0]].position}",
-                fix="was an old backup restored? Bring the newest copy back. If there is none, delete the group on the cluster, and what came "
+                evidence=f"{_named(ahead)}: it is at {store.units[ahead[0]].position}, {words.who} was told {notes[ahead[0]].position}",
+                fix=f"was an old backup restored? Bring the newest copy back. If there is none, {words.forget}, and what came "
                 "after the backup is handled again",
             )  # fmt: skip
         if notes and not foreign and not ahead:
@@ -284,7 +387,7 @@ def _notes(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
 
 def _hosts(store: StoreFacts, seen: Examination) -> Iterator[Finding]:
     """A store in a file serves one machine. Addresses are those that the brokers see."""
-    for service, hosts in seen.members.items():
+    for service, hosts in seen.members.items() if store.a_file else ():
         here = {host for host in hosts if host in seen.here or host.startswith(LOOPBACK)}
         others = sorted(set(hosts) - here)
         if others:
@@ -303,20 +406,43 @@ def _outbox(store: StoreFacts, now: int) -> Iterator[Finding]:
         yield _ok("UL4409", "the outbox is empty", store.path)
         return
     age = max(0.0, (now - store.oldest) / 1e6)
+    place = "unlost_outbox" if store.a_file else "unlost_outbox and unlost_copy"
     rows = "1 row" if store.unsent == 1 else f"{store.unsent:,} rows"
-    evidence = f"{rows} in unlost_outbox, the oldest is {age:,.0f} s old"
+    evidence = f"{rows} in {place}, the oldest is {age:,.0f} s old"
     if not store.relay:
         yield Finding(
-            severity="error", code="UL4409", what="events that handlers published wait in the outbox, and no process sends them",
+            severity="error", code="UL4409", what="accepted events wait in the outbox, and no process sends them",
             evidence=f"{evidence}; no living process has the relay", fix="unlost run: any process of this store sends them",
         )  # fmt: skip
     elif age > STUCK_SECONDS:
+        refused = f"; the first in hands is not confirmed for {HELD_SECONDS:g} s" if store.refused else ""
         yield Finding(
-            severity="warning", code="UL4409", what="events wait in the outbox for long, though a process sends them", evidence=evidence,
+            severity="warning", code="UL4409", what="events wait in the outbox for long, though a process sends them", evidence=evidence + refused,
             fix="look at the log of the running service: does the cluster refuse one of them (size, rights, copies in sync)?",
         )  # fmt: skip
     else:
         yield _ok("UL4409", "the outbox is being emptied", evidence)
+
+
+def _numbers(store: StoreFacts) -> Iterator[Finding]:
+    for text in store.contradictions[:SHOWN]:
+        yield Finding(
+            severity="error", code="UL4410", what="the books of the outbox do not balance: events may never have reached the broker",
+            evidence=text, fix="did somebody delete rows of unlost_outbox, or restore a part of the database? Bring the newest whole copy back",
+        )  # fmt: skip
+    if store.numbered and not store.contradictions:
+        yield _ok(
+            "UL4410",
+            "the books of the outbox balance",
+            "each number that was given is confirmed, or in a relay's hands",
+        )
+
+
+def _others(looking: Looking) -> Finding:
+    return Finding(
+        severity="note", code="UL4401", what="services of this broker whose progress is in another store were not checked",
+        evidence=", ".join(looking.elsewhere), fix="run it again with the UNLOST_STORE of each",
+    )  # fmt: skip
 
 
 def _another_broker(store: StoreFacts, identity: str) -> Finding:
@@ -327,8 +453,9 @@ def _another_broker(store: StoreFacts, identity: str) -> Finding:
     )  # fmt: skip
 
 
-def _cannot_open(e: UnlostError) -> Finding:
-    severity: Severity = "warning" if isinstance(e, Unavailable) else "error"
+def _cannot_open(e: UnlostError, worst: Severity = "warning") -> Finding:
+    """A file that another program holds for a moment is no error; a server that does not answer stops the services."""
+    severity: Severity = worst if isinstance(e, Unavailable) else "error"
     return Finding(
         severity=severity, code="UL4401", what=f"the store cannot be looked at: {e.what} ({e.code})", evidence=e.found,
         fix=e.fix,

@@ -12,7 +12,7 @@ from unlost.audit import Passed
 from unlost.brokers.port import Entry, Ledger, Log
 from unlost.errors import UsageError
 from unlost.ops.books import Stored, stored
-from unlost.sqlite.file import File
+from unlost.store.port import Records
 from unlost.world import REAL, rfc3339
 
 SCHEMA: Literal["unlost.statement/1"] = "unlost.statement/1"
@@ -62,12 +62,12 @@ def place(log: Log) -> Ledger:
     return found
 
 
-def export(file: File, ledger: Ledger, services: Sequence[str] | None = None) -> int:
+def export(records: Records, ledger: Ledger, services: Sequence[str] | None = None) -> int:
     """Writes a statement of every unit (or of those services); returns how many. Doing it again replaces them."""
     now = rfc3339(REAL.now())
     found = [
-        _statement(file.store_id, s, now)
-        for s in file.read(lambda c: stored(file, c))
+        _statement(records.id, s, now)
+        for s in records.read(lambda look: stored(records, look))
         if not services or s.unit.service in services
     ]
     ledger.write({statement.key: msgspec.json.encode(statement) for statement in found})

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
-import apsw
+from collections.abc import Iterator, Sequence
+
 import msgspec
 
-from unlost.sqlite.file import File
-from unlost.sqlite.process import examine
+from unlost.store.port import Accepted, Look, Records, Relaying, Shard
+from unlost.world import REAL
+
+HELD_SECONDS = 60.0  # what a relay has had in hands for so long the broker does not take
 
 
 class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`oldest` in microseconds since 1970; `relay` is the process that sends, if one lives."""
+    """Events that are accepted in a transaction, and not in the log yet."""
 
     events: int
     copies: int  # of dead letters, for a topic that others read
-    oldest: int | None
-    relay: int | None
+    oldest: int | None  # when it was accepted, microseconds since 1970
+    age: float | None  # of the oldest, in seconds
+    in_hands: int  # events that a relay has sent, or is about to send
+    refused: bool  # the broker has not taken the first of these for a minute
+    relays: Sequence[Relaying]  # living processes that send
+    shards: int  # into how many parts it is divided
+    orphaned: int  # parts that no living process sends
+    books: Sequence[Shard] = ()  # of each part, where the store keeps them
 
     @property
     def stands_still(self) -> bool:
-        return bool(self.events or self.copies) and self.relay is None
+        return bool(self.events or self.copies) and not self.relays
 
 
-def outbox(file: File) -> OutboxStatus:
-    return file.read(lambda c: outbox_in(file, c))
+def outbox(records: Records) -> OutboxStatus:
+    return records.read(lambda look: status_of(records, look))
 
 
-def outbox_in(file: File, c: apsw.Connection) -> OutboxStatus:
-    events, copies, oldest = c.execute(
-        "select count(*) filter (where raw is null), count(*) filter (where raw is not null), min(added) from unlost_outbox"
-    ).fetchone()
-    row = c.execute("select r.process, p.pid from unlost_relay r join unlost_process p on p.id = r.process").fetchone()
-    relay = None
-    if row is not None and examine(file.run_folder, row[0]).alive:
-        relay = row[1]
-    return OutboxStatus(events=events, copies=copies, oldest=oldest, relay=relay)
+def status_of(records: Records, look: Look) -> OutboxStatus:
+    return shown(records.accepted(look), REAL.now())
+
+
+def shown(found: Accepted, now: int) -> OutboxStatus:
+    return OutboxStatus(
+        events=found.events, copies=found.copies, age=found.age,
+        oldest=None if found.age is None else now - round(found.age * 1e6), in_hands=found.in_hands,
+        refused=found.held is not None and found.held > HELD_SECONDS and bool(found.relays), relays=found.relays,
+        shards=max(1, len(found.shards)), orphaned=found.orphaned, books=found.shards,
+    )  # fmt: skip
+
+
+def contradictions(found: OutboxStatus) -> Iterator[str]:
+    """What an outbox that numbers its events must not say: every number is confirmed by the broker, or still in hands."""
+    for shard in found.books:
+        left = shard.sent - shard.confirmed - shard.in_hands
+        if left:
+            what = (
+                "a row left the outbox without the broker's receipt" if left > 0 else "more is confirmed than was sent"
+            )
+            yield (
+                f"outbox, part {shard.number}: {what}; {shard.sent} were numbered, {shard.confirmed} are confirmed, "
+                f"{shard.in_hands} are in hands"
+            )
+        if shard.vanished:
+            yield (
+                f"outbox, part {shard.number}: a row left the outbox without the broker's receipt; of the "
+                f"{shard.in_hands} in hands {shard.vanished} are not there any more"
+            )

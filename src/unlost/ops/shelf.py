@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-import apsw
 import msgspec
 
 from unlost.errors import UnlostError
 from unlost.events import Envelope, decode_head, from_headers, seal
 from unlost.events.topic import Decoder, Foreign, Unit
 from unlost.sqlite.file import File
-from unlost.sqlite.process import examine
-from unlost.sqlite.transaction import Transaction
-from unlost.store import shelf as shelf_rows
-from unlost.store.port import Attempt, DeadLetter, Request
+from unlost.store import shelf as rows
+from unlost.store.port import Attempt, DeadLetter, Look, Records, Request
+from unlost.store.records import FileRecords
 from unlost.store.steps import run
 from unlost.world import REAL, rfc3339
 
@@ -23,6 +21,13 @@ _COLUMNS = (
     "number, service, handler, topic, partition, position, id, source, type, key, trace, reason, error_type, error, "
     "stack, attempts, parks, died, recorded, head, data, request"
 )
+_BEHIND = (
+    "(select count(*) from unlost_waiting w where w.service = s.service and w.topic = s.topic "
+    "and w.partition = s.partition and w.key = s.key)"
+)
+COMMIT_MAX = 500  # letters in one commit: the rows that it locks are not held for long
+ROWS_MAX = 100  # in one statement
+AGAIN_SECONDS = 0.5  # how often it is looked whether an owner has died
 Action = Literal["redrive", "discard"]
 
 
@@ -46,7 +51,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def letters(
-    file: File,
+    records: Records,
     *,
     service: str | None = None,
     number: int | None = None,
@@ -61,8 +66,8 @@ def letters(
     if key is not None:
         where.append("key = ?")
         bindings.append(key.encode())
-    sql = f"select {_COLUMNS} from unlost_shelf {'where ' + ' and '.join(where) if where else ''} order by number"
-    return file.read(lambda c: [_letter(c, row) for row in c.execute(sql, bindings).fetchall()])
+    sql = f"select {_COLUMNS}, {_BEHIND} from unlost_shelf s {'where ' + ' and '.join(where) if where else ''} order by number"
+    return records.read(lambda look: [_letter(row) for row in look.execute(sql, bindings)])
 
 
 def headers_of(letter: DeadLetter) -> Headers | None:
@@ -97,7 +102,7 @@ def _decoded(letter: DeadLetter, headers: Headers, decoder: Decoder) -> Envelope
 
 
 def ask(
-    file: File,
+    records: Records,
     action: Action,
     chosen: Sequence[DeadLetter],
     *,
@@ -105,82 +110,83 @@ def ask(
     reason: str,
     dry_run: bool = False,
     wait_seconds: float = 5.0,
+    group: File | None = None,
 ) -> Asked:
     """Records the request with the operator's name, and has it carried out.
 
     Where a process of the service lives, it does it (only it knows what of the key is in hand); where none does, it
-    is done here, as the owner for a moment. **After a crash** of either the request stands, and the next owner
-    carries it out; it is never done twice, because it takes the letter off the shelf in the same commit.
+    is done here, as the owner for a moment. `group` is the file of an embedded broker whose store is elsewhere: it knows
+    who is about to take a unit. **After a crash** of either the request stands, and the next owner carries it out; it is
+    never done twice, because it takes the letter off the shelf in the same commit.
     """
     if dry_run or not chosen:
         return Asked(action=action, letters=chosen, carried_out=0, pending=0, dry_run=dry_run)
-    file.write_sync(lambda tx: _record(tx, action, chosen, operator, reason))
-    done = file.write_sync(lambda tx: _without_owner(file, tx, action, chosen))
-    if done < len(chosen):
-        end = REAL.monotonic() + wait_seconds
-        while REAL.monotonic() < end and _pending(file, chosen):
-            REAL.pause(0.05)
-    pending = _pending(file, chosen)
-    return Asked(action=action, letters=chosen, carried_out=len(chosen) - pending, pending=pending, dry_run=False)
+    at_work = None if group is None else FileRecords(group)
+
+    def carry_out(some: Sequence[DeadLetter], operations: bool) -> None:
+        busy = {} if at_work is None else at_work.read(at_work.assigned)
+
+        def work(look: Look) -> None:
+            if operations:
+                _record(look, action, some, operator, reason, records.now())
+            _without_owner(records, look, action, some, busy)
+
+        records.write(work)
+
+    for n in range(0, len(chosen), COMMIT_MAX):
+        carry_out(chosen[n : n + COMMIT_MAX], True)
+    left = _pending(records, chosen)
+    end, again = REAL.monotonic() + wait_seconds, REAL.monotonic() + AGAIN_SECONDS
+    while left and REAL.monotonic() < end:
+        REAL.pause(0.05)
+        if REAL.monotonic() > again:  # its owner may have died
+            carry_out(left[:COMMIT_MAX], False)
+            again = REAL.monotonic() + AGAIN_SECONDS
+        left = _pending(records, left)
+    return Asked(action=action, letters=chosen, carried_out=len(chosen) - len(left), pending=len(left), dry_run=False)
 
 
-def _record(tx: Transaction, action: str, chosen: Sequence[DeadLetter], operator: str, reason: str) -> None:
-    for letter in chosen:
-        _record_one(tx, action, letter, operator, reason)
+def _record(look: Look, action: str, chosen: Sequence[DeadLetter], operator: str, reason: str, now: int) -> None:
+    for n in range(0, len(chosen), ROWS_MAX):
+        some = {(x.service, x.topic, x.partition, x.position): x for x in chosen[n : n + ROWS_MAX]}
+        written = look.execute(
+            "insert into unlost_operation (at, operator, action, reason, service, topic, partition, position, id) values "
+            + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(some))
+            + " returning service, topic, partition, position, number",
+            [value for place, x in some.items() for value in (now, operator, action, reason, *place, x.id)],
+        ).fetchall()
+        look.execute(
+            f"with asked(letter, operation) as (values {', '.join(['(cast(? as bigint), cast(? as bigint))'] * len(some))}) "
+            "update unlost_shelf set request = ?, operation = asked.operation from asked where number = asked.letter",
+            [*(value for *place, number in written for value in (some[tuple(place)].number, number)), action],
+        )  # fmt: skip
 
 
-def _record_one(tx: Transaction, action: str, letter: DeadLetter, operator: str, reason: str) -> None:
-    tx.execute(
-        "insert into unlost_operation (at, operator, action, reason, service, topic, partition, position, id) "
-        "values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            tx.world.now(), operator, action, reason,
-            letter.service, letter.topic, letter.partition, letter.position, letter.id,
-        ),
-    )  # fmt: skip
-    operation = tx.connection.last_insert_rowid()
-    tx.execute(
-        "update unlost_shelf set request = ?, operation = ? where number = ?", (action, operation, letter.number)
-    )
-
-
-def _without_owner(file: File, tx: Transaction, action: Action, chosen: Sequence[DeadLetter]) -> int:
-    """Carries out what concerns units that no living process owns. The new epoch fences whoever comes back."""
-    done = 0
+def _without_owner(
+    records: Records, look: Look, action: Action, chosen: Sequence[DeadLetter], busy: Collection[Unit]
+) -> None:
+    """Carries out what concerns units that no living process has. The new epoch fences whoever comes back."""
+    units = {Unit(letter.service, letter.topic, letter.partition) for letter in chosen}
+    free = set(records.take_over(look, units - set(busy)))
+    now = records.now()
     for letter in chosen:
         unit = Unit(letter.service, letter.topic, letter.partition)
-        owner, epoch = tx.one(
-            "select owner, epoch from unlost_progress where service = ? and topic = ? and partition = ?", unit
-        )
-        assigned = tx.one(
-            "select process from unlost_assignment where service = ? and topic = ? and partition = ?", unit
-        )
-        owners = {process for process in (owner, assigned and assigned[0]) if process}
-        if any(examine(file.run_folder, process).alive for process in owners):
-            continue
-        if owner is None:
-            tx.execute(
-                "update unlost_progress set epoch = ? where service = ? and topic = ? and partition = ?",
-                (epoch + 1, *unit),
-            )
-        request = Request(unit, letter.position, letter.key, action)
-        steps = shelf_rows.carry_out(request, tx.world.now())
-        done += run(steps, lambda sql, bindings: tx.execute(sql, bindings).fetchall()) != "no longer wanted"
-    return done
+        if unit in free:
+            request = Request(unit, letter.position, letter.key, action)
+            run(rows.carry_out(request, now), lambda sql, bindings: look.execute(sql, bindings).fetchall())
 
 
-def _pending(file: File, chosen: Sequence[DeadLetter]) -> int:
-    numbers = msgspec.json.encode([letter.number for letter in chosen]).decode()  # SQL variables would be too few
-    sql = "select count(*) from unlost_shelf where request is not null and number in (select value from json_each(?))"
-    return int(file.read(lambda c: c.execute(sql, (numbers,)).fetchone()[0]))
+def _pending(records: Records, chosen: Sequence[DeadLetter]) -> list[DeadLetter]:
+    """Those whose request nobody has carried out yet."""
+    asked = records.read(
+        lambda look: {number for (number,) in look.execute("select number from unlost_shelf where request is not null")}
+    )
+    return [letter for letter in chosen if letter.number in asked]
 
 
-def _letter(c: apsw.Connection, row: tuple[Any, ...]) -> DeadLetter:
-    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    behind = c.execute(
-        "select count(*) from unlost_waiting where service = ? and topic = ? and partition = ? and key = ?",
-        (fields["service"], fields["topic"], fields["partition"], fields["key"]),
-    ).fetchone()[0]
+def _letter(row: Sequence[Any]) -> DeadLetter:
+    *values, behind = row
+    fields = dict(zip(_COLUMNS.split(", "), values, strict=True))
     fields["attempts"] = msgspec.json.decode(fields["attempts"], type=list[Attempt])
     fields["parks"] = bool(fields["parks"])
     return DeadLetter(**fields, parked_behind=behind if fields["parks"] else 0)

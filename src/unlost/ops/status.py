@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-import apsw
 import msgspec
 
-from unlost.brokers.embedded.log import EmbeddedLog
 from unlost.brokers.port import Log, Place
 from unlost.errors import Unavailable
-from unlost.events.topic import TopicInfo
-from unlost.ops.connect import Looking
-from unlost.ops.outbox import OutboxStatus, outbox_in
+from unlost.events.topic import TopicInfo, Unit
+from unlost.ops.connect import Looking, log_of
+from unlost.ops.outbox import OutboxStatus, status_of
 from unlost.sqlite.file import File
-from unlost.sqlite.process import Remains, examine, service_hash
+from unlost.store.port import Look, Process, Records
 from unlost.store.progress import Runs
+from unlost.store.records import FileRecords
 
 
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     alive: bool
-    hung: bool  # alive, but it has given no sign of life for half a minute
+    hung: bool  # alive, but it has given no sign of life for a while
     partitions: int
+    host: str = ""
 
 
 class UnitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +81,8 @@ class TopicStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """`unreachable` says why the broker did not answer; then the numbers are those that the store knows."""
+    """`path` is the store, `bytes` its size. `unreachable` says why the broker did not answer; then the numbers are
+    those that the store knows."""
 
     path: str
     bytes: int
@@ -89,41 +91,49 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     broker: str = ""
     outbox: OutboxStatus | None = None
     unreachable: str | None = None
+    elsewhere: Sequence[str] = ()  # services of the broker whose progress is in another store
+    lost: Sequence[str] = ()  # what the broker knows to be gone from this one
 
 
-def status(file: File) -> Status:
-    """One snapshot of all services and topics of an embedded broker."""
-    log = EmbeddedLog(file)
+def status(records: Records) -> Status:
+    """One snapshot of all services and topics of an embedded broker with the store in its own file."""
+    log = log_of(records)
+    assert isinstance(records, FileRecords)
 
     def work() -> Status:
-        found = file.read(lambda c: _services(file, c))
+        found = records.read(lambda look: _services(records, look))
+        _take_part(records.file, found.services)
         infos = log.topics()
         _add_log(found.services, infos, log)
-        return _status(file, found, topics_of(log, infos, found.readers))
+        return _status(records.place, found, topics_of(log, infos, found.readers))
 
     return log.together(work)
 
 
 def look(looking: Looking) -> Status:
     """The status of whatever is looked at. Where the broker does not answer, what the store knows is still said."""
-    if looking.embedded:
-        return status(looking.file)
-    file = looking.file
-    found = file.read(lambda c: _services(file, c, elsewhere=True))  # before the log, so that this is never behind it
+    records = looking.records
+    if looking.log_here:
+        found_here = status(records)
+        return msgspec.structs.replace(found_here, elsewhere=looking.elsewhere)
+    found = records.read(lambda look: _services(records, look))  # before the log, so that this is never behind it
     topics: list[TopicStatus] = []
     unreachable = None
+    if looking.embedded:
+        _take_part(looking.file, found.services)
     try:
         log = looking.pair()[1]
-        infos = log.topics({u.topic for s in found.services for u in s.units})
+        infos = log.topics(None if looking.embedded else {u.topic for s in found.services for u in s.units})
         _add_log(found.services, infos, log)
         topics = topics_of(log, infos, found.readers)
     except Unavailable as e:
         unreachable = e
-    return _status(file, found, topics, broker=looking.name, unreachable=unreachable)
+    shown = _status(records.place, found, topics, broker=looking.name, unreachable=unreachable)
+    return msgspec.structs.replace(shown, elsewhere=looking.elsewhere, lost=[text for _, text in looking.lost])
 
 
 def _status(
-    file: File,
+    place: str,
     found: _Found,
     topics: Sequence[TopicStatus],
     *,
@@ -132,22 +142,21 @@ def _status(
 ) -> Status:
     for s in found.services:
         s.todo = _advice(s)
-    size = sum(p.stat().st_size for p in (file.path, file.path.with_name(file.path.name + "-wal")) if p.exists())
     return Status(
-        path=str(file.path), bytes=size, services=found.services, topics=topics, broker=broker or str(file.path),
+        path=place, bytes=found.bytes, services=found.services, topics=topics, broker=broker or place,
         outbox=found.outbox if broker else None, unreachable=None if unreachable is None else str(unreachable),
     )  # fmt: skip
 
 
-def topics(file: File | None, *, log: Log | None = None) -> list[TopicStatus]:
+def topics(records: Records | None, *, log: Log | None = None) -> list[TopicStatus]:
     """All topics, and who reads them, as far as the store knows."""
     if log is None:
-        assert file is not None
-        log = EmbeddedLog(file)
+        assert records is not None
+        log = log_of(records)
     chosen = log
 
     def work() -> list[TopicStatus]:
-        return topics_of(chosen, chosen.topics(), {} if file is None else file.read(_readers))
+        return topics_of(chosen, chosen.topics(), {} if records is None else records.read(_readers))
 
     return log.together(work)
 
@@ -165,9 +174,9 @@ def topics_of(log: Log, infos: Sequence[TopicInfo], readers: Mapping[str, Sequen
     ]  # fmt: skip
 
 
-def _readers(c: apsw.Connection) -> dict[str, list[str]]:
+def _readers(look: Look) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for topic, service in c.execute("select distinct topic, service from unlost_progress order by topic, service"):
+    for topic, service in look.execute("select distinct topic, service from unlost_progress order by topic, service"):
         found.setdefault(topic, []).append(service)
     return found
 
@@ -178,59 +187,78 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
     services: list[ServiceStatus]
     readers: Mapping[str, Sequence[str]]
     outbox: OutboxStatus
+    bytes: int
 
 
-def _services(file: File, c: apsw.Connection, *, elsewhere: bool = False) -> _Found:
-    """`elsewhere`: who has which partition is the broker's affair, and only who has taken one is known here."""
+def _services(records: Records, look: Look) -> _Found:
+    """From one snapshot; each table is read once. Of processes only those that have taken a partition are known here."""
     services = {
         name: ServiceStatus(name=name, on_dead=str(msgspec.json.decode(policy).get("on_dead", "park")))
-        for name, policy in c.execute("select name, policy from unlost_service order by name")
+        for name, policy in look.execute("select name, policy from unlost_service order by name")
     }
-    numbers = dict(c.execute("select name, first_number from unlost_topic").fetchall())
-    processes = {
-        id: (pid, examine(file.run_folder, id))
-        for id, pid in c.execute("select id, pid from unlost_process")
-        if id != file.process_id
-    }
-    for s in services.values():
-        _count(c, s, numbers, processes)
-        (_owners if elsewhere else _take_part)(c, s, processes)
-    return _Found(services=list(services.values()), readers=_readers(c), outbox=outbox_in(file, c))
+    processes = records.processes(look)
+    owners: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, topic, partition, owner, position, fated in look.execute(
+        "select service, topic, partition, owner, position, fated from unlost_progress order by service, topic, partition"
+    ):
+        s = services.get(name)
+        if s is None:
+            continue
+        process = processes.get(owner)
+        alive = process is not None and process.alive
+        s.owned += alive
+        if owner is not None:
+            owners[name][owner] += 1
+        read = process.read.get(Unit(name, topic, partition), 0) if process is not None and alive else position
+        _count(s, topic, partition, position, Runs.decode(fated), read)
+    for name, found in owners.items():
+        services[name].processes = _shown(processes, sorted(found.items()))
+    for name, state, count in look.execute(
+        "select service, state, count(*) from unlost_ledger group by service, state"
+    ):
+        if name in services and state in ("retrying", "parked", "dead"):
+            setattr(services[name], state, count)
+    for name, due in look.execute(
+        "select service, min(due) from unlost_waiting where due is not null group by service"
+    ):
+        if name in services:
+            services[name].next_retry = due
+    for name, count in look.execute(
+        "select service, count(*) from unlost_shelf where request is not null group by service"
+    ):
+        if name in services:
+            services[name].requested = count
+    return _Found(
+        services=list(services.values()),
+        readers=_readers(look),
+        outbox=status_of(records, look),
+        bytes=records.size(look),
+    )
 
 
-def _count(
-    c: apsw.Connection, s: ServiceStatus, numbers: dict[str, int], processes: dict[str, tuple[int, Remains]]
-) -> None:
-    """What the store knows of a service. What waits in the log is not known here but for a part of it: what was seen."""
-    rows = c.execute(
-        "select topic, partition, owner, position, fated from unlost_progress where service = ? order by topic, partition",
-        (s.name,),
-    ).fetchall()
-    for topic, partition, owner, position, fated in rows:
-        read = position
-        if owner in processes and processes[owner][1].alive:
-            s.owned += 1
-            read = processes[owner][1].read.get((service_hash(s.name), numbers[topic] + partition), 0)
-        runs = Runs.decode(fated)
-        last = max((b for _, b in runs), default=position)
-        seen = max(read, last, position)
-        incompletes = sum(b - a for a, b in runs.gaps(position, seen))
-        s.partitions += 1
-        s.in_flight += sum(b - a for a, b in runs.gaps(position, read))
-        s.waiting += sum(b - a for a, b in runs.gaps(max(position, read), seen))
-        s.units.append(
-            UnitStatus(
-                topic=topic, partition=partition, highest_seen=seen, highest_succeeded=last,
-                highest_sequential=position, incompletes=incompletes, end=None,
-            )
-        )  # fmt: skip
-    for state, count in c.execute("select state, count(*) from unlost_ledger where service = ? group by 1", (s.name,)):
-        if state in ("retrying", "parked", "dead"):
-            setattr(s, state, count)
-    s.next_retry = c.execute("select min(due) from unlost_waiting where service = ?", (s.name,)).fetchone()[0]
-    s.requested = c.execute(
-        "select count(*) from unlost_shelf where request is not null and service = ?", (s.name,)
-    ).fetchone()[0]
+def _count(s: ServiceStatus, topic: str, partition: int, position: int, runs: Runs, read: int) -> None:
+    """What the store knows of a unit. What waits in the log is not known here but for a part of it: what was seen."""
+    last = max((b for _, b in runs), default=position)
+    seen = max(read, last, position)
+    incompletes = sum(b - a for a, b in runs.gaps(position, seen))
+    s.partitions += 1
+    s.in_flight += sum(b - a for a, b in runs.gaps(position, read))
+    s.waiting += sum(b - a for a, b in runs.gaps(max(position, read), seen))
+    s.units.append(
+        UnitStatus(
+            topic=topic, partition=partition, highest_seen=seen, highest_succeeded=last,
+            highest_sequential=position, incompletes=incompletes, end=None,
+        )
+    )  # fmt: skip
+
+
+def _shown(processes: Mapping[str, Process], chosen: Iterable[tuple[str, int]]) -> list[ProcessStatus]:
+    """Those of them that are known, with the number of their partitions."""
+    return [
+        ProcessStatus(pid=p.pid, alive=p.alive, hung=p.hung, partitions=partitions, host=p.host)
+        for id, partitions in chosen
+        if (p := processes.get(id)) is not None
+    ]
 
 
 def _add_log(services: Collection[ServiceStatus], infos: Sequence[TopicInfo], log: Log) -> None:
@@ -256,47 +284,38 @@ def _add_log(services: Collection[ServiceStatus], infos: Sequence[TopicInfo], lo
         s.oldest = min((t for t in waiting if t is not None), default=None)
 
 
-def _take_part(c: apsw.Connection, s: ServiceStatus, processes: dict[str, tuple[int, Remains]]) -> None:
-    owned = dict(
-        c.execute(
-            "select process, count(*) from unlost_assignment where service = ? and process is not null group by 1",
-            (s.name,),
-        ).fetchall()
-    )
-    s.processes = [
-        ProcessStatus(
-            pid=processes[id][0], alive=processes[id][1].alive, hung=processes[id][1].hung, partitions=owned.get(id, 0)
-        )
-        for (id,) in c.execute(
-            "select process from unlost_member where service = ? group by process order by min(joined)", (s.name,)
-        )
-        if id in processes
-    ]
+def _take_part(file: File, services: Sequence[ServiceStatus]) -> None:
+    """Who takes part in each service, with or without a partition: the embedded broker knows."""
+    records = FileRecords(file)
 
+    def work(look: Look) -> None:
+        processes = records.processes(look)
+        has = {
+            (service, process): count
+            for service, process, count in look.execute(
+                "select service, process, count(*) from unlost_assignment where process is not null group by 1, 2"
+            )
+        }
+        members: dict[str, list[str]] = {}
+        for service, process in look.execute(
+            "select service, process from unlost_member group by service, process order by min(joined)"
+        ):
+            members.setdefault(service, []).append(process)
+        for s in services:
+            s.processes = _shown(processes, [(id, has.get((s.name, id), 0)) for id in members.get(s.name, ())])
 
-def _owners(c: apsw.Connection, s: ServiceStatus, processes: dict[str, tuple[int, Remains]]) -> None:
-    rows = c.execute(
-        "select owner, count(*) from unlost_progress where service = ? and owner is not null group by owner order by owner",
-        (s.name,),
-    )
-    s.processes = [
-        ProcessStatus(
-            pid=processes[id][0], alive=processes[id][1].alive, hung=processes[id][1].hung, partitions=partitions
-        )
-        for id, partitions in rows
-        if id in processes
-    ]
+    records.read(work)
 
 
 def _advice(s: ServiceStatus) -> list[str]:
     """What to do next, the most urgent first."""
     lines = []
     lines += [
-        f"process {p.pid} has given no sign of life for half a minute: is it stopped, or is its event loop blocked?"
+        f"process {p.pid} gives no sign of life: is it stopped, or is its event loop blocked?"
         for p in s.processes
         if p.hung
     ]
-    todo = s.waiting + s.in_flight + s.retrying + s.requested
+    todo = s.waiting + s.in_flight + s.retrying + s.requested + (0 if s.dead else s.parked)
     if not s.alive and (todo or s.next_retry is not None):
         lines.append(f"nobody runs it: unlost run --service {s.name}")
     if s.dead:

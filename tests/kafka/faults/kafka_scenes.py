@@ -46,6 +46,7 @@ from unlost.events.codec import to_headers
 from unlost.ops import shelf
 from unlost.sqlite.file import File
 from unlost.sqlite.marks import Marks
+from unlost.store.records import FileRecords
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 
@@ -873,11 +874,11 @@ def poison(scene: Scene) -> set[str]:
     scene.all_done("note", uids)
     scene.soon(lambda: all(at == len(uids) + len(bad) for at in scene.positions().values()))
     with scene.file() as file:
-        letters = shelf.letters(file)
+        letters = shelf.letters(FileRecords(file))
         by_service = Counter(letter.service for letter in letters)
         if by_service != {"bill": len(bad), "note": len(bad)} or any(x.reason != "undecodable" for x in letters):
             scene.found.add("dead without trace")
-        shelf.ask(file, "discard", letters, operator="ann", reason="poison", wait_seconds=20)
+        shelf.ask(FileRecords(file), "discard", letters, operator="ann", reason="poison", wait_seconds=20)
     scene.settled()
     scene.finish(one)
     return scene.judge(ONCE, AGAIN)

@@ -214,13 +214,13 @@ class Stage:
         """What `unlost audit` finds, with every event of the log read again."""
         url = f"kafka://{self.inside}?prefix={self.prefix}"
         with opened(url, store=f"embedded://{self.store}") as looking:
-            file, log = looking.pair()
-            books = books_module.books(file, log=log)
+            records, log = looking.pair()
+            books = books_module.books(records, log=log)
             found = [
                 *books.findings,
                 *books.unaccountable,
                 *map(str, books.missing),
-                *books_module.verify(file, log=log),
+                *books_module.verify(records, log=log),
             ]
             found += [str(r) for r in books.ranges if r.kind != "expired"]
             named: dict[str, set[int]] = {}
