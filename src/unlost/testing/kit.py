@@ -54,6 +54,9 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Runs the app's services in a temporary folder, in virtual time, until the block ends.
 
+    Broker and store are one embedded file, whatever the App says: no server is asked. Handlers that use a session of their
+    own (`ctx.transaction(session)`) need their database, and are tested with it.
+
     - `services`: only these; by default all.
     - `check_books`: at the end every accepted event must be accounted for (AssertionError naming the missing ones).
     - `seed`: of everything random, so that waits are the same in every run.
@@ -69,10 +72,14 @@ async def running(
     if app._entered:
         raise UsageError("UL1290", "this App is connected already", fix="give `running` an App that nobody has entered")
     folder = Path(tempfile.mkdtemp(prefix="unlost-test-"))
-    before = app.world, app.broker_url, app.store_url
+    before = app.world, app.broker_url, app.store_url, app.outboxes
+    databases = [service.database for service in app.services]
     world = VirtualWorld(seed)
     app.world = world
     app.broker_url = app.store_url = f"embedded://{folder / 'events.db'}"  # whatever UNLOST_STORE says
+    app.outboxes = ()
+    for service in app.services:
+        service.database = ""
     try:
         async with app:
             t = Running(app, world, folder, patience)
@@ -89,7 +96,9 @@ async def running(
             if check_books:
                 t.check_books()
     finally:
-        app.world, app.broker_url, app.store_url = before
+        app.world, app.broker_url, app.store_url, app.outboxes = before
+        for service, database in zip(app.services, databases, strict=True):
+            service.database = database
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
