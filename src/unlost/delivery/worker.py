@@ -364,8 +364,8 @@ class Worker:
         outcome = Outcome(arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited)
         if ctx.transaction_used.settles:
             self._on_durable(d.lane.owned, outcome)
-        else:
-            self._put(d.lane, outcome)
+        else:  # its consequences are durable: the next transaction of the key need not wait for its position
+            self._settler.put(d.lane.owned, outcome)
 
     def _with_attempt(self, d: Delivery, error: BaseException) -> list[Attempt]:
         return [*d.attempts, Attempt(len(d.attempts) + 1, self.world.now(), describe(error))]
