@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import AsyncConnection, AsyncPipeline, sql
@@ -31,6 +32,7 @@ GIVE_UP_SECONDS = 1.0  # of making a connection: whoever needs one asks again
 SAY_SECONDS = 20.0
 FATE_SECONDS = 60.0  # how long it is asked what became of a commit whose answer was lost
 ASK_AGAIN_SECONDS = 0.2
+IDLE_SECONDS = 10.0  # inside a commit of ours: whoever stands still there longer is ended, and its locks with it
 Connection = AsyncConnection[tuple[Any, ...]]
 
 
@@ -40,15 +42,25 @@ class Client:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.schema = quoted(settings.schema)
-        self._own = self._pool(OWN_MAX, OWN_SECONDS)
-        self.lent = self._pool(settings.pool, LENT_SECONDS)
+        self._lives: WeakKeyDictionary[Connection, object] = WeakKeyDictionary()
+        self._own = self._pool(OWN_MAX, OWN_SECONDS, self._configure_own)
+        self.lent = self._pool(settings.pool, LENT_SECONDS, _configure)
         self._weeding: asyncio.Task[None] | None = None
 
-    def _pool(self, size: int, seconds: float) -> AsyncConnectionPool[Connection]:
+    def _pool(
+        self, size: int, seconds: float, configure: Callable[[Connection], Awaitable[None]]
+    ) -> AsyncConnectionPool[Connection]:
         return AsyncConnectionPool(
-            self.settings.conninfo, min_size=0, max_size=size, open=False, timeout=seconds, configure=_configure,
+            self.settings.conninfo, min_size=0, max_size=size, open=False, timeout=seconds, configure=configure,
             reconnect_timeout=GIVE_UP_SECONDS, max_idle=60.0,
         )  # fmt: skip
+
+    async def _configure_own(self, connection: Connection) -> None:
+        """A process that is stopped in the middle of a commit must not keep its locks from those who replace it."""
+        await _configure(connection)
+        await connection.execute(f"set idle_in_transaction_session_timeout = {int(IDLE_SECONDS * 1000)}")
+        cursor = await connection.execute(_LIFE)
+        self._lives[connection] = await cursor.fetchone()
 
     async def open(self) -> None:
         await self._own.open()
@@ -102,9 +114,11 @@ class Client:
         **After a crash** all of it is there, or nothing.
         """
         transaction = ""
+        life: object = None
         try:
             with told(self.settings):
                 async with self._own.connection() as connection:
+                    life = self._lives[connection]
                     async with connection.pipeline():  # one trip for both
                         await connection.execute("begin isolation level read committed read write")
                         cursor = await connection.execute("select pg_current_xact_id()::text")
@@ -116,22 +130,27 @@ class Client:
                     return result
         except Unavailable as e:
             self.weed()
-            if transaction and await self._happened(transaction, e):
+            if transaction and await self._happened(transaction, life, e):
                 return result
             raise
 
-    async def _happened(self, transaction: str, lost: Unavailable) -> bool:
-        """Whether a transaction was committed whose end was not seen."""
+    async def _happened(self, transaction: str, life: object, lost: Unavailable) -> bool:
+        """Whether a transaction was committed whose end was not seen. A server that has recovered from a crash since then
+        may have given its number to another one: what "committed" is about, nobody knows there."""
         log.warning("the answer to a commit was lost; asking what became of it: %s", lost)
         loop = asyncio.get_running_loop()
         end = loop.time() + FATE_SECONDS
         while loop.time() < end:
             with contextlib.suppress(Unavailable), told(self.settings):
                 async with self._own.connection() as connection:
-                    await connection.execute(_END_IT, (transaction,))
+                    same = self._lives[connection] == life
+                    if same:
+                        await connection.execute(_END_IT, (transaction,))
                     cursor = await connection.execute("select pg_xact_status(%s::xid8)", (transaction,))
                     row = await cursor.fetchone()
                     assert row is not None
+                    if row[0] == "committed" and not same:
+                        break
                     if row[0] in ("committed", "aborted"):
                         return bool(row[0] == "committed")
             await asyncio.sleep(ASK_AGAIN_SECONDS)
@@ -147,6 +166,8 @@ class Client:
                 await connection.execute("select pg_notify(%s, '')", (self.settings.channel,))
 
 
+# It changes when a server recovers from a crash, and when another one takes its place: statistics do not survive that.
+_LIFE = "select stats_reset from pg_stat_bgwriter"
 # Its client is gone, but the server may not know that for hours. If it is committing, it ends that first.
 _END_IT = (
     "select pg_terminate_backend(pid) from pg_stat_activity "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from unlost.errors import Fenced, invariant
+from unlost.errors import Fenced, OutcomeUnknown, invariant
 from unlost.store.port import Lane, Mirrored, Unsent
 from unlost.store.postgres.client import Client, Listener
 from unlost.store.postgres.rows import STORED, envelope_of
@@ -74,6 +74,7 @@ class PostgresOutbox:
                 if shard not in self._epochs:
                     await self._take_up(shard)
                     self._epochs[shard] = epoch
+        self._store.sends_copies = 0 in self._epochs
         return bool(self._epochs)
 
     def _share(self) -> Steps[dict[int, int]]:
@@ -136,6 +137,9 @@ class PostgresOutbox:
         except Fenced:  # whoever has the shard now sends again what was in our hands, and confirms it
             self._forget()
             return []
+        except OutcomeUnknown:
+            self._forget()
+            raise
         for number in confirmed:
             self._confirmed.pop(number, None)
         for found in rows:
@@ -263,11 +267,7 @@ class PostgresCopies:
         self._news = listener.subscribe()
 
     async def claim(self) -> bool:
-        def steps() -> Steps[bool]:
-            row = yield from one("select process from unlost_relay where shard = 0")
-            return row is not None and row[0] == self._store.process_id
-
-        return await self._client.read(steps())
+        return self._store.sends_copies
 
     async def page(self, after: int, limit: int) -> Sequence[Mirrored]:
         def steps() -> Steps[list[Mirrored]]:

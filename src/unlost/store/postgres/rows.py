@@ -153,7 +153,7 @@ def put(envelopes: Sequence[Envelope], store_id: str = "") -> Steps[None]:
     if len(written) != len(rows):
         raise UsageError(
             "UL1253", "this connection is not to the database that the relays look at", found="its outbox is that of another store",
-            fix="use a connection to the database of UNLOST_STORE, or name this one too: App(outboxes=['postgresql://…'])",
+            fix="use a connection to the database of UNLOST_STORE; an App publishes through one outbox in PostgreSQL",
         )  # fmt: skip
 
 
@@ -377,6 +377,32 @@ def settle(settlements: Sequence[Settlement], now: int, mirror: Any = None) -> S
     yield from plan.write()
     yield from _save(changed, saved)
     return fenced
+
+
+def happened(settlements: Sequence[Settlement]) -> Steps[bool]:
+    """Whether a commit of these outcomes is there: nobody else gives them an outcome under their epoch, and a commit is
+    there as a whole, so one trace of it tells. Without any trace it may be repeated: nothing in it could then differ."""
+    rows = yield (
+        f"select p.service, p.topic, p.partition, p.epoch, p.fated from {_UNITS} "
+        "join unlost_progress p using (service, topic, partition)",
+        units_of({s.unit for s in settlements}),
+    )
+    saved = {Unit(*row[:3]): (row[3], Runs.decode(bytes(row[4]))) for row in rows}
+    for s in settlements:
+        epoch, fated = saved.get(s.unit, (None, Runs()))
+        fresh = [o.arrival.position for o in s.outcomes if o.state != "attempted" and not o.waited]
+        if epoch == s.epoch and (fresh or s.done):
+            return (*fresh, *s.done)[0] in fated
+    ended = [
+        (s.unit, o.arrival.position)
+        for s in settlements
+        for o in s.outcomes
+        if o.waited and o.state not in ("retrying", "parked", "attempted") and saved.get(s.unit, (None,))[0] == s.epoch
+    ]
+    if not ended:
+        return False
+    waits = yield from _waiting_now(settlements)
+    return ended[0] not in waits
 
 
 def _save(

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import psycopg
 
-from unlost.errors import UnlostError, UsageError
+from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.events.topic import TopicInfo, Unit
 from unlost.store import shelf
 from unlost.store.own_sqlite import own_rules
@@ -86,6 +86,7 @@ class PostgresStore:
         self.client = Client(settings)
         self.number = 0  # of this process: its advisory lock
         self.relays = False
+        self.sends_copies = False
         self.own: dict[str, OwnPlace] = {}
         self._broker = broker
         self._mirror = mirror
@@ -261,7 +262,14 @@ class PostgresStore:
             fenced = yield from rows.settle(settlements, self.world.now(), self._mirror)
             return fenced
 
-        fenced = await self.client.commit(steps)
+        try:
+            fenced = await self.client.commit(steps)
+        except OutcomeUnknown as e:
+            if not await self.client.read(rows.happened(settlements)):
+                raise Unavailable(
+                    "UL2012", "a commit to the store did not happen", found=str(e), fix="it is tried again"
+                ) from e
+            fenced = []
         if any(o.publishes or o.state == "dead" for s in settlements for o in s.outcomes):
             self.wake()
         return fenced
