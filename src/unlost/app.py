@@ -60,6 +60,7 @@ class App:
       a URL; without it `UNLOST_STORE`, pyproject.toml, or `.unlost/store.db` beside it.
     - `outboxes`: URLs of databases of your own that have an outbox beside that of the store: `sqlite:///shop.db`, or
       `postgresql://…` where the store is something else.
+    - `relay`: False leaves what stands in the store's outbox to something else that sends it (Debezium).
     - `topics`: topics with other than 8 partitions, or with a retention.
     - `schema`: a file with the `create table` statements of your own tables in the embedded file
       (its path is relative to the module that makes the App).
@@ -79,6 +80,7 @@ class App:
         broker: str | None = None,
         store: str | None = None,
         outboxes: Sequence[str] = (),
+        relay: bool = True,
         topics: Sequence[Topic] = (),
         schema: str | Path | None = None,
         name: str = "app",
@@ -107,6 +109,7 @@ class App:
         self.broker_url = broker
         self.store_url = store
         self.outboxes = tuple(outboxes)
+        self.relay = relay
         self._doors: dict[str, Place] = {}
         self._doors_lock = threading.Lock()
         self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
@@ -114,6 +117,11 @@ class App:
         self._mirror_dead = mirror_dead
         if mirror_dead is not None:
             check_template(mirror_dead)
+            if not relay:
+                raise UsageError(
+                    "UL1264", "copies of dead letters are sent by the relay", found="relay=False, mirror_dead=" + repr(mirror_dead),
+                    fix="leave one of them out",
+                )  # fmt: skip
         self._broker: Broker | None = None
         self._hubs: list[PostgresStore] = []  # outboxes in other databases than the store's
         self._store: Store | None = None
@@ -170,6 +178,7 @@ class App:
             postgres(store_url)  # says what is wrong with it before anything is made
         broker, file = await asyncio.to_thread(connect, self.url, world=self.world, store_elsewhere=elsewhere)
         store: Store | None = None
+        hubs: list[PostgresStore] = []
         try:
             await broker.open()
             if file is None and not elsewhere:
@@ -189,7 +198,7 @@ class App:
                 assert file is not None
                 store = store_beside(file, log_here=log_here, broker=broker.identity, mirror=mirror)
                 await store.open()
-            hubs = await self._open_outboxes(store, store_url, broker)
+            await self._open_outboxes(hubs, store, store_url, broker)
             for service in self.services:
                 await _check_database(service, store)
             for service in self.services:
@@ -202,8 +211,8 @@ class App:
                 await store.prepare(self._schema)
         except BaseException:
             await broker.close()
-            if store is not None:
-                await store.close()
+            for opened in (*hubs, *([store] if store is not None else ())):
+                await opened.close()
             if file is not None:
                 await asyncio.to_thread(file.close)
             raise
@@ -212,9 +221,8 @@ class App:
         self._pid = os.getpid()
         self._deadlines = Deadlines()  # the timer of an event loop that has ended would never ring
 
-    async def _open_outboxes(self, store: Store, store_url: str, broker: Broker) -> list[PostgresStore]:
+    async def _open_outboxes(self, hubs: list[PostgresStore], store: Store, store_url: str, broker: Broker) -> None:
         """Those that the App names besides the store's own."""
-        hubs = []
         for url in self.outboxes:
             if not is_postgres(url):
                 place = OwnSqlite(sqlite_path(url))
@@ -222,7 +230,6 @@ class App:
                 store.own[str(place.path)] = place
             elif url != store_url:
                 hubs.append(await _postgres_store(url, broker, None, self.world))
-        return hubs
 
     async def _declare(self, broker: Broker) -> dict[str, TopicInfo]:
         """What this App says about its topics must be so; where it says nothing, a topic may be as it is."""
@@ -450,7 +457,7 @@ class App:
 
     async def _relay(self) -> None:
         """Empties the outboxes, as long as the services run, sharing that with other processes; then once more."""
-        found = [self.store.outbox(), *(hub.outbox() for hub in self._hubs)]
+        found = [self.store.outbox() if self.relay else None, *(hub.outbox() for hub in self._hubs)]
         outboxes: list[SomeOutbox] = [outbox for outbox in found if outbox is not None]
         outboxes += [OwnSqliteOutbox(place) for place in self.store.own.values() if isinstance(place, OwnSqlite)]
         copies = self.store.copies()

@@ -238,10 +238,10 @@ def audit(
 
 
 def _print_books(found: Books, named: Sequence[ledger.Named], everything: bool) -> None:
-    if not found.services:
+    if found.services:
+        out(books_table(found, everything=everything, color=coloured(sys.stdout)))
+    elif found.balanced:
         out("no service has run on this broker yet; there is nothing to balance")
-        return
-    out(books_table(found, everything=everything, color=coloured(sys.stdout)))
     for line in missing_lines(found, named):
         out(warn(line) if line.startswith("UNACCOUNTED") else line)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from unlost.app import App
+from unlost.brokers.connect import is_kafka
 from unlost.brokers.port import Receipt
 from unlost.cli.options import AppName, BrokerUrl, JsonLines, count
 from unlost.cli.say import clean, clean_lines, nobody_reads, note, out, print_json, red
@@ -107,9 +108,12 @@ async def _accept_one(app: App, envelope: Envelope) -> Receipt:
 
 
 def _say_if_made(app: App) -> None:
-    if app.file.created:
-        what = "" if app.broker.abilities.commits_with_store else "the store "
-        note(f"made {what}{clean(app.file.path)}")
+    try:
+        file = app.file
+    except UsageError:
+        return  # broker and store are servers: nothing is made here
+    if file.created:
+        note(f"made {'the store ' if is_kafka(app.url) else ''}{clean(file.path)}")
 
 
 class _Lines:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from unlost.errors import UsageError
+from unlost.errors import Unavailable, UsageError
 from unlost.events import Envelope, Event, derived_id, encode_head, seal
 from unlost.store.port import Block, Known, Settlement, SyncBlock
 
@@ -200,6 +200,7 @@ class TransactionBlock(Generic[A, B]):
         self._token: Any = None
         self._before = 0  # how many events were published before the block
         self.finished = False
+        self._blameless: BaseException | None = None  # it ended the block, and is not the event's fault
 
     @property
     def settles(self) -> bool:
@@ -225,6 +226,7 @@ class TransactionBlock(Generic[A, B]):
         assert block is not None
         if error is not None:
             del self._ctx.published[self._before :]  # events of the block go with its rows
+            self._blame(block, error)
             await block.abort()
             return
         try:
@@ -253,6 +255,7 @@ class TransactionBlock(Generic[A, B]):
         assert block is not None
         if error is not None:
             del self._ctx.published[self._before :]
+            self._blame(block, error)
             block.abort()
             return
         try:
@@ -262,6 +265,17 @@ class TransactionBlock(Generic[A, B]):
             block.abort()
             raise
         block.finish(end)
+
+    def _blame(self, block: Block | SyncBlock, error: BaseException) -> None:
+        if block.is_transient(error):
+            self._blameless = error
+
+    def meaning(self, error: BaseException) -> BaseException:
+        """What an error of the handler means, if its block was not committed."""
+        if error is not self._blameless:
+            return error
+        text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return Unavailable("UL2012", "the transaction cannot be committed now", found=text, fix="it is tried again")
 
     def _opened(self) -> None:
         self._token = in_block.set(True)

@@ -94,7 +94,7 @@ class Outbox:
         self._place.prepare()
         if not session.in_transaction:
             session.execute(_BEGIN[session.dialect])
-        self._open = True
+        self._events, self._open = [], True
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -117,7 +117,7 @@ class Outbox:
         await asyncio.to_thread(self._place.prepare)
         if not session.in_transaction:
             await session.execute(_BEGIN[session.dialect])
-        self._open = True
+        self._events, self._open = [], True
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:

@@ -171,6 +171,8 @@ class Worker:
                 self._ended_by_transaction(d, ctx, error)
                 return
             error = failed
+        elif error is not None and ctx is not None and ctx.transaction_used is not None:
+            error = ctx.transaction_used.meaning(error)
         if isinstance(error, AlreadyHandled):
             fate = _repeated(self._inbox(d), error.known, d)
         if isinstance(error, Misconfigured):

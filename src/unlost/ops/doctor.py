@@ -147,9 +147,9 @@ def _see_group(looking: Looking, found: Examination, ours: Ours) -> None:
             "select service, topic, partition, position, note from unlost_follower"
         ):
             if service in found.services:
-                found.saved.setdefault(service, {})[Unit(service, topic, partition)] = Told(position, text)
+                found.saved[service][Unit(service, topic, partition)] = Told(position, text)
 
-    found.saved = {}
+    found.saved = {service: {} for service in found.services}
     looking.file.read(work)
 
 

@@ -84,6 +84,8 @@ def _primary(facts: Facts) -> Iterator[Finding]:
 
 
 def _pooler(facts: Facts) -> Iterator[Finding]:
+    if "poolers" in facts.unread:
+        return
     if facts.pooler:
         yield _bad(
             "error", "UL4605", "a pooler shares its sessions between its clients: services will not start with it",

@@ -230,6 +230,10 @@ class Block(Protocol):
     async def abort(self) -> None:
         """Rolls back. Harmless when it is no longer open."""
 
+    def is_transient(self, error: BaseException) -> bool:
+        """Whether the world is to blame for an error of the handler inside of the block, and not the event: a transaction
+        that could not be serialized, a deadlock, a lost connection."""
+
 
 class SyncBlock(Protocol):
     """The same for a handler in a thread."""
@@ -245,6 +249,8 @@ class SyncBlock(Protocol):
     def settled(self) -> BaseException | None: ...
 
     def abort(self) -> None: ...
+
+    def is_transient(self, error: BaseException) -> bool: ...
 
 
 class Hands(Protocol):

@@ -99,6 +99,9 @@ class SessionBlock:
             with contextlib.suppress(Exception):  # its connection is lost: so is its transaction
                 await self._session.rollback()
 
+    def is_transient(self, error: BaseException) -> bool:
+        return self._session.is_transient(error)
+
 
 class SyncSessionBlock:
     """The same for a handler in a thread."""
@@ -157,6 +160,9 @@ class SyncSessionBlock:
             self._open = False
             with contextlib.suppress(Exception):  # its connection is lost: so is its transaction
                 self._session.rollback()
+
+    def is_transient(self, error: BaseException) -> bool:
+        return self._session.is_transient(error)
 
 
 def handled_meanwhile(place: str) -> Unavailable:

@@ -384,6 +384,9 @@ class FileBlock:
     async def abort(self) -> None:
         self._block.abort()
 
+    def is_transient(self, error: BaseException) -> bool:
+        return False  # what the writer has to say comes in our own words
+
 
 class SyncFileBlock:
     """The same, from a thread."""
@@ -437,6 +440,9 @@ class SyncFileBlock:
 
     def abort(self) -> None:
         self._block.abort()
+
+    def is_transient(self, error: BaseException) -> bool:
+        return False
 
 
 def _teller(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> Callable[[BaseException | None], None]:

@@ -355,6 +355,7 @@ class _MortalBlock:
         self._killed: ProcessKilled | None = None
         self.execute = real.execute
         self.abort = real.abort
+        self.is_transient = real.is_transient
         self.settles = real.settles
 
     async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
@@ -385,6 +386,7 @@ class _MortalSyncBlock:
         self._killed: ProcessKilled | None = None
         self.execute = real.execute
         self.abort = real.abort
+        self.is_transient = real.is_transient
         self.settles = real.settles
 
     def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:

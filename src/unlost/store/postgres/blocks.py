@@ -161,6 +161,9 @@ class LentBlock:
                 await connection.rollback()
         await self._leave()
 
+    def is_transient(self, error: BaseException) -> bool:
+        return False  # `execute` has said so in our own words
+
     async def _leave(self) -> None:
         self._connection = None
         lent, self._lent = self._lent, contextlib.AsyncExitStack()
@@ -238,6 +241,9 @@ class SyncLentBlock:
             with contextlib.suppress(psycopg.Error, OSError):
                 self._connection.rollback()
             self._leave()
+
+    def is_transient(self, error: BaseException) -> bool:
+        return False
 
     def _leave(self) -> None:
         connection, self._connection = self._connection, None

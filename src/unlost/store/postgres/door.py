@@ -144,6 +144,9 @@ class PostgresDoor:
                 self._settings.shown, age,
             )  # fmt: skip
 
+    def __del__(self) -> None:
+        self.close()  # an App that was never entered is never left
+
     def close(self) -> None:
         with self._lock:
             if self._connection is not None and self._pid == os.getpid():

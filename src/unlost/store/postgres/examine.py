@@ -61,8 +61,9 @@ class _Examiner:
             settings={name: (value, source) for name, value, source in rows},
             encrypted=bool(self._connection.pgconn.ssl_in_use),
             remote=bool(host) and not host.startswith(("/", "127.")) and host not in ("localhost", "::1"),
-            pooler=self._is_pooler(), ahead=(theirs - (before + after) / 2) / 1e6, blur=(after - before) / 2e6, unread={},
+            ahead=(theirs - (before + after) / 2) / 1e6, blur=(after - before) / 2e6, unread={},
         )  # fmt: skip
+        self._try(found, "poolers", self._pooler)
         self._try(found, "open transactions", self._held)
         self._try(found, "connections", self._connections)
         self._try(found, "tables", self._tables)
@@ -83,7 +84,7 @@ class _Examiner:
                 raise
             found.unread[what] = str(explained(e, self._settings)).partition("\n")[0]
 
-    def _is_pooler(self) -> bool:
+    def _pooler(self, found: Facts) -> None:
         """Whether two connections of ours are one session, or one of them several."""
         with Connection.connect(self._settings.conninfo, autocommit=True) as other:
             mark = f"{id(self)}"
@@ -91,9 +92,7 @@ class _Examiner:
             for _ in range(3):
                 theirs = other.execute(f"select current_setting('{_PROBE}', true)").fetchone()
                 ours = self._connection.execute(f"select current_setting('{_PROBE}', true)").fetchone()
-                if theirs == (mark,) or ours != (mark,):
-                    return True
-        return False
+                found.pooler |= theirs == (mark,) or ours != (mark,)
 
     def _held(self, found: Facts) -> None:
         rows = self._rows(

@@ -48,7 +48,7 @@ class Facts(msgspec.Struct, kw_only=True):
     settings: Mapping[str, tuple[str, str]]  # name -> value as this role gets it, and where that was said
     encrypted: bool
     remote: bool  # it is on another machine
-    pooler: bool
+    pooler: bool = False
     ahead: float  # its clock, of this machine's
     blur: float  # how exactly that is known
     # the tables

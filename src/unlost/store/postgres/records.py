@@ -23,6 +23,7 @@ from unlost.store.postgres.startup import check
 from unlost.world import REAL
 
 T = TypeVar("T")
+LOCK_SECONDS = 10.0  # a process that stands still may hold a row for good; then nothing was written, and that is said
 _reads = msgspec.json.Decoder(list[tuple[str, str, int, int]]).decode
 
 
@@ -65,6 +66,7 @@ class PostgresRecords:
             self.id = thread.submit(lambda: asyncio.run(check(Client(settings)))).result()
         with told(settings):
             self._connection = Connection.connect(settings.conninfo, autocommit=True)
+            self._connection.execute(f"set lock_timeout = '{LOCK_SECONDS:g}s'")
         self._look = _Look(self._connection, quoted(settings.schema))
         self._inside = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import unquote
 
 import msgspec
 import psycopg
@@ -58,9 +58,9 @@ def parse(url: str) -> Settings:
         Settings(postgresql://ann:***@db.example/shop?schema=events&pool=20)
     """
     front, _, query = url.partition("?")
-    said = parse_qsl(query, keep_blank_values=True)
-    own = {key: value for key, value in said if key in _OURS}
-    rest = urlencode([(key, value) for key, value in said if key not in _OURS])
+    said = [part.partition("=") for part in query.split("&") if part]
+    own = {key: unquote(value) for key, _, value in said if key in _OURS}
+    rest = "&".join(f"{key}={value}" for key, _, value in said if key not in _OURS)  # as it is: in there + is no space
     schema, pool = own.get("schema", SCHEMA), own.get("pool", str(POOL))
     if not _NAME.fullmatch(schema):
         raise _wrong(url, f"schema={schema!r}", "a schema's name has letters, digits and _, at most 63")
@@ -102,6 +102,11 @@ def explained(e: BaseException, settings: Settings) -> BaseException:
         return UsageError(
             "UL1167", "there is no such database or role", found=f"{settings.shown}: {text}",
             fix="create it; unlost store migrate makes our tables in it, and nothing else",
+        )  # fmt: skip
+    if not state and re.search(r"\b(invalid|bad value for)\b.*(value|number|connect_timeout)", text):
+        return UsageError(
+            "UL1157", "this store URL cannot be used", found=f"{settings.shown}: {text}",
+            fix="postgresql://user:password@host:5432/database, and options as libpq knows them",
         )  # fmt: skip
     if state == "42501":
         return UsageError(
