@@ -18,6 +18,8 @@ _IN_AUTHORITY = re.compile(r"(:/*)([^/?#@\s:]*):(?!\d{1,5}(?:[,/?#]|$))(?:[^?#\s
 _IN_QUERY = re.compile(
     r"(?i)([?&;][^=&]*(?:password|passwd|passphrase|secret|token|key|pem|oauthbearer.config|assertion)[^=&]*=)[^&\s]+"
 )
+# libpq's other way to say it: host=db user=ann password='s3cret'
+_IN_WORDS = re.compile(r"(?i)((?:^|\s)\w*(?:password|passwd|passphrase|secret)\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 SETTINGS = {
     "app": "where the App is: module:attribute, or a module that has one App",
@@ -123,4 +125,4 @@ def hide_secrets(url: str) -> str:
     >>> hide_secrets("kafka://ann:s3cret@host/?sasl_password=x")
     'kafka://ann:***@host/?sasl_password=***'
     """
-    return _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1\2:***@", url))
+    return _IN_WORDS.sub(r"\1***", _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1\2:***@", url)))

@@ -10,6 +10,7 @@ import gc
 import io
 import logging
 import os
+import secrets
 import socket
 import sqlite3
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import outbox_kit as kit
 import psycopg
 import pytest
@@ -34,8 +36,9 @@ from sqlalchemy.orm import Session
 
 from servers.pgbouncer import PgBouncer
 from servers.postgres import Postgres
-from unlost import App, Context, Event, Service, Unavailable, UnlostError, UsageError
+from unlost import App, Context, Event, Reject, Retry, Service, Unavailable, UnlostError, UsageError
 from unlost.delivery.service import Guarantee
+from unlost.events import Envelope, seal
 from unlost.store.postgres import migrate
 from unlost.store.postgres.schema import FORMAT, PUBLISHES
 from unlost.store.postgres.settings import parse
@@ -804,6 +807,100 @@ def test_effects_once_want_the_database_of_the_store(made: Made) -> None:
     enter(app(other, "at-least-once"))
     file = f"sqlite:///{made.folder}/shop.db"
     enter(app(file, outboxes=[file]))
+
+
+# --- events as others make them --------------------------------------------------------------------------------------
+
+
+def test_attributes_that_postgres_cannot_store_as_text(made: Made) -> None:
+    """Anybody may put a zero into a header. It holds up nothing: not the handler that publishes, not the shelf."""
+    url = made.database()
+    arrivals, service = Arrivals("after"), Service("hostile", retry=Retry(attempts=1))
+
+    class Sent(Event, key="id", topic="hostile"):
+        id: str
+        how: str
+
+    @service.on(Sent)
+    async def handle(event: Sent, ctx: Context) -> None:
+        ctx.publish(Placed(order_id=event.id))
+        if event.how == "fails":
+            raise ValueError("a\0b")
+        if event.how == "in a transaction":
+            async with ctx.transaction():
+                pass
+
+    app = made.app(service, arrivals.service, store=url)
+    cases = [
+        msgspec.structs.replace(
+            seal(Sent(id=f"{attribute} {how}", how=how), source="x", id=fresh(), now=0), **{attribute: "a\0b"}
+        )
+        for attribute in (
+            "correlationid",
+            "causationid",
+            "traceparent",
+            "tracestate",
+            "subject",
+            "partitionkey",
+            "dataschema",
+        )
+        for how in ("returns", "fails", "in a transaction")
+    ]
+    with Work(app) as work:
+        work.call(app.accept(cases))
+        for case in cases:
+            if b"fails" not in (case.key or b""):
+                (came,) = arrivals.of_key((case.key or b"").decode(), 1)
+                assert came.causationid == case.id
+        until(
+            lambda: made.sql(url, "select count(*) from unlost.unlost_shelf") == [(7,)], "the others are on the shelf"
+        )
+        assert work.error is None
+
+
+@pytest.mark.parametrize("what", ["id", "source", "key"])
+def test_what_is_larger_than_an_index_takes(what: str, made: Made) -> None:
+    """Ids, sources and keys of others may be long. They are handled, retried, shelved and recognised as any other."""
+    url = made.database()
+    service = Service("large", guarantee="effectively-once", retry=Retry(attempts=2, first=60))
+    seen: list[str] = []
+
+    class Sent(Event, key="id", topic="large"):
+        id: str
+        how: str
+
+    @service.on(Sent)
+    async def handle(event: Sent, ctx: Context) -> None:
+        seen.append(event.how)
+        if event.how == "waits":
+            raise ValueError
+        if event.how == "is rejected":
+            raise Reject("no")
+        if event.how == "in a transaction":
+            async with ctx.transaction():
+                pass
+
+    def event(how: str) -> Envelope:
+        sealed = seal(Sent(id=how, how=how), source="x", id=fresh(), now=0)
+        large = f"{how} {secrets.token_urlsafe(6000)}"  # so much that no compression helps
+        return msgspec.structs.replace(sealed, **{what: large.encode() if what == "key" else large})
+
+    cases = [event(how) for how in ("returns", "in a transaction", "is rejected", "waits")]
+    again = [msgspec.structs.replace(case) for case in cases[:2]]
+    app = made.app(service, store=url)
+    with Work(app) as work:
+        work.call(app.accept(cases))
+        until(lambda: made.sql(url, "select count(*) from unlost.unlost_shelf") == [(1,)], "one is on the shelf")
+        until(lambda: made.sql(url, "select count(*) from unlost.unlost_waiting") == [(1,)], "one waits")
+        work.call(app.accept(again))
+        until(lambda: "duplicate" in str(made.sql(url, "select counts from unlost.unlost_progress")), "they are known")
+        made.sql(url, "update unlost.unlost_waiting set due = 0")
+    with Work(made.app(service, store=url)) as work:
+        until(
+            lambda: made.sql(url, "select count(*) from unlost.unlost_shelf") == [(2,)], "it has come back, and failed"
+        )
+    assert sorted(seen) == ["in a transaction", "is rejected", "returns", "waits", "waits"]
+    assert sorted(made.sql(url, f"select length({what}) > 6000 from unlost.unlost_shelf")) == [(True,), (True,)]
 
 
 # --- when the database goes away -------------------------------------------------------------------------------------

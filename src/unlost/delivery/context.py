@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar, overload
 
-from unlost.errors import Unavailable, UsageError
+from unlost.errors import Misconfigured, Unavailable, UsageError
 from unlost.events import Envelope, Event, derived_id, encode_head, seal
 from unlost.store.port import Block, Known, Settlement, SyncBlock
 
@@ -46,6 +46,7 @@ class Unit(Protocol):
 
 
 S = TypeVar("S")
+_WITHOUT = object()
 
 
 class Context:
@@ -118,7 +119,7 @@ class Context:
     @overload
     def transaction(self, session: S) -> TransactionBlock[S, S]: ...
 
-    def transaction(self, session: object = None) -> TransactionBlock[Any, Any]:
+    def transaction(self, session: Any = _WITHOUT) -> TransactionBlock[Any, Any]:
         """The final step of a handler: its own rows, its events and the mark "handled" in one commit.
 
         `async with ctx.transaction() as db:` (in a sync handler `with`); inside, await nothing but `db`. Without an
@@ -132,7 +133,12 @@ class Context:
         self._check_open("a transaction")
         if self.transaction_used is not None:
             raise UsageError("UL1221", "a delivery has one transaction block", fix="put both parts into one block")
-        self.transaction_used = TransactionBlock(self, self._unit, session)
+        if session is None:
+            raise Misconfigured(
+                "UL1251", "ctx.transaction(None) means nothing", found="a session that was not made?",
+                fix="ctx.transaction() for your tables in the store, or ctx.transaction(session)",
+            )  # fmt: skip
+        self.transaction_used = TransactionBlock(self, self._unit, None if session is _WITHOUT else session)
         return self.transaction_used
 
     def close(self, why: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from hashlib import blake2b
+from typing import Any, overload
 
 import msgspec
 
@@ -56,6 +57,7 @@ def units_of(units: Iterable[Unit]) -> tuple[list[str], list[str], list[int]]:
 
 # --- the inbox -------------------------------------------------------------------------------------------------
 
+INDEXED_MAX = 1000  # bytes
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 
 
@@ -67,11 +69,18 @@ def id_bytes(id: str) -> bytes:
     """
     if _UUID.fullmatch(id):
         return bytes.fromhex(id.replace("-", ""))
-    return b"\0" + id.encode()
+    raw = id.encode()
+    return b"\0" + raw if len(raw) <= INDEXED_MAX else b"\1" + blake2b(raw, digest_size=32).digest()
+
+
+def source_text(source: str) -> str:
+    """Its source there. What others have made may be larger than what an index takes: then a hash stands for it."""
+    raw = source.encode()
+    return source if len(raw) <= INDEXED_MAX else f"blake2b:{blake2b(raw, digest_size=32).hexdigest()}"
 
 
 def seen(service: str, events: Sequence[Inbox]) -> Steps[dict[tuple[str, str], Known]]:
-    by_id = {(e.source, id_bytes(e.id)): (e.source, e.id) for e in events}
+    by_id = {(source_text(e.source), id_bytes(e.id)): (e.source, e.id) for e in events}
     if not by_id:
         return {}
     rows = yield (
@@ -179,8 +188,8 @@ def _outbox_row(e: Envelope) -> tuple[Any, ...]:
         if "\0" in text:
             text, raw = e.key.hex(), e.key
     return (
-        shard_of(e.topic, e.key, e.id), e.topic, text, e.id, e.type, e.data.decode(), e.source, e.time, e.subject,
-        e.partitionkey, e.correlationid, e.causationid, e.traceparent, e.tracestate, e.eventversion,
+        shard_of(e.topic, e.key, e.id), e.topic, text, e.id, e.type, e.data.decode(), e.source, e.time,
+        *map(_shown, (e.subject, e.partitionkey, e.correlationid, e.causationid, e.traceparent, e.tracestate)), e.eventversion,
         _json.encode(e.headers).decode() if e.headers else None, raw,
     )  # fmt: skip
 
@@ -308,14 +317,19 @@ def _shelf_row(unit: Unit, o: Outcome, now: int) -> tuple[Any, ...]:
     assert death is not None
     return (
         *unit, a.position, death.handler, e.id if e else "", e.source if e else "", e.type if e else "", a.key,
-        e.traceparent if e else None, death.reason, *(_shown(t) for t in (death.error_type, death.error, death.stack)),
+        _shown(e.traceparent) if e else None, death.reason, *(_shown(t) for t in (death.error_type, death.error, death.stack)),
         _text(o.attempts), int(death.parks), now, a.stored_head, a.data, a.recorded,
     )  # fmt: skip
 
 
-def _shown(text: str) -> str:
-    """What people read of an error: PostgreSQL's text has no NUL, so its symbol stands for it."""
-    return text.replace("\0", "␀")
+@overload
+def _shown(text: str) -> str: ...
+@overload
+def _shown(text: str | None) -> str | None: ...
+def _shown(text: str | None) -> str | None:
+    """What people read of an error, and what anybody may have put into an attribute: PostgreSQL's text has no NUL, so its
+    symbol stands for it."""
+    return text and text.replace("\0", "␀")
 
 
 def _text(attempts: Sequence[Attempt]) -> str:
@@ -438,7 +452,9 @@ def _deduplicate(settlements: Sequence[Settlement], numbers: Mapping[Unit, int])
         for o in s.outcomes:
             if o.inbox is not None:
                 mark = o.inbox
-                marked.setdefault((s.unit.service, mark.source, id_bytes(mark.id)), []).append((s, o, mark))
+                marked.setdefault((s.unit.service, source_text(mark.source), id_bytes(mark.id)), []).append(
+                    (s, o, mark)
+                )
     if not marked:
         return
     rows = [
@@ -454,7 +470,7 @@ def _deduplicate(settlements: Sequence[Settlement], numbers: Mapping[Unit, int])
             asked.setdefault(name[0], []).append(found[0][2])
     for service, marks in asked.items():
         before = yield from seen(service, marks)
-        known.update({(service, source, id_bytes(id)): k for (source, id), k in before.items()})
+        known.update({(service, source_text(source), id_bytes(id)): k for (source, id), k in before.items()})
     for name, found in marked.items():
         if name in new:
             s, o, mark = found[0]
@@ -507,7 +523,7 @@ def enter(unit: Unit, epoch: int, mark: Inbox | None) -> Steps[Known | None]:
             "left join unlost_inbox i on i.service = ? and i.source = ? and i.id = ? "
             "left join unlost_progress w on w.number = i.unit "
             "where p.service = ? and p.topic = ? and p.partition = ?",
-            (unit.service, mark.source, id_bytes(mark.id), *unit),
+            (unit.service, source_text(mark.source), id_bytes(mark.id), *unit),
         )
     if row is None or row[0] != epoch:
         raise fenced(unit, row and row[0], epoch)
@@ -535,7 +551,7 @@ def finish(settlement: Settlement) -> Steps[None]:
     if o.inbox is not None:
         mark = o.inbox
         parts.append(_MARK)
-        bindings += (mark.content, o.arrival.position, unit.service, mark.source, id_bytes(mark.id))
+        bindings += (mark.content, o.arrival.position, unit.service, source_text(mark.source), id_bytes(mark.id))
     if o.publishes:
         parts.append(_EVENTS)
         bindings += [list(column) for column in zip(*(_outbox_row(e) for e in o.publishes), strict=True)]
@@ -692,11 +708,15 @@ def starting(unit: Unit, epoch: int, position: int, waited: bool, alone: bool) -
 
 
 def waiting(unit: Unit, key: bytes | None, position: int | None, limit: int) -> Steps[list[Waiting]]:
-    where, binding = ("key = ?::bytea", key) if key is not None else ("position = ?::bigint and key is null", position)
+    bindings: list[Any]
+    if key is not None:  # the index has its hash
+        where, bindings = "key = ?::bytea and sha256(key) = sha256(?::bytea)", [key, key]
+    else:
+        where, bindings = "position = ?::bigint and key is null", [position]
     rows = yield (
         "select position, head, key, data, recorded, due, history from unlost_waiting "
         f"where {UNIT} and {where} order by position limit {limit:d}",
-        (*unit, binding),
+        (*unit, *bindings),
     )
     return [
         Waiting(

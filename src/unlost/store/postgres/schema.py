@@ -97,7 +97,8 @@ create table {s}.unlost_waiting (
     running integer not null default 0,       -- 1: in a handler; 2: alone in one
     primary key (service, topic, partition, position)
 );
-create index unlost_waiting_key on {s}.unlost_waiting (service, topic, partition, key, position);
+-- of a key its hash: those of others may be larger than what an index takes
+create index unlost_waiting_key on {s}.unlost_waiting (service, topic, partition, sha256(key), position);
 create index unlost_waiting_due on {s}.unlost_waiting (due) where due is not null;
 
 -- dead letters stand here until somebody redrives or discards them
@@ -115,7 +116,7 @@ create table {s}.unlost_shelf (
     unique (service, topic, partition, position)
 );
 create index unlost_shelf_request on {s}.unlost_shelf (service) where request is not null;
-create index unlost_shelf_id on {s}.unlost_shelf (id);
+create index unlost_shelf_id on {s}.unlost_shelf using hash (id);
 
 -- what operators asked for, and whether it was carried out
 create table {s}.unlost_operation (
