@@ -13,7 +13,7 @@ from unlost.config import hide_secrets
 from unlost.errors import UsageError
 from unlost.ops.store import Plan, check_format, plan
 from unlost.ops.store import migrate as run
-from unlost.store.connect import is_postgres
+from unlost.store.connect import is_postgres, store_path
 
 
 def migrate(
@@ -110,6 +110,7 @@ def _what(found: Plan, verb: str) -> str:
 
 
 def _a_file(url: str, json: bool) -> int:
+    store_path(url)  # says what is no URL of a store
     if json:
         print_json("migrate/1", {"store": hide_secrets(url), "done": False, "sql": None})
         return 0

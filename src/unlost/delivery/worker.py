@@ -218,7 +218,7 @@ class Worker:
             known = d.seen if d.seen is not None else self._recall(inbox)
             if known is not None:
                 return _repeated(inbox, known, d)
-            if self.service.resends is not None and d.arrival.envelope is not None:
+            if self.service.resends is not None and d.arrival.envelope is not None and not d.waited:
                 refused = _too_old(d.arrival.envelope, self.service.resends, self.world.now())
                 if refused is not None:
                     return refused

@@ -282,6 +282,7 @@ class Words(NamedTuple):
     """How the copy of the positions is called that the broker keeps."""
 
     who: str
+    told: str
     note: str
     loses: str
     forgotten: str
@@ -290,12 +291,12 @@ class Words(NamedTuple):
 
 
 KAFKA = Words(
-    "the cluster", "the group's note", "the service goes on from its store, but lag monitors and Kafka's tools see none",
+    "the cluster", "the group", "the group's note", "the service goes on from its store, but lag monitors and Kafka's tools see none",
     "the group was deleted, or empty for longer than offsets.retention.minutes", "; then keep it running, or raise offsets.retention.minutes",
     "delete the group on the cluster (kafka-consumer-groups.sh --delete --group …)",
 )  # fmt: skip
 EMBEDDED = Words(
-    "the broker's file", "its note", "a retention may remove events of it unread",
+    "the broker's file", "the broker's file", "its note", "a retention may remove events of it unread",
     "somebody has removed rows of unlost_follower", "", "give the service another name",
 )  # fmt: skip
 
@@ -375,7 +376,7 @@ def _notes(store: StoreFacts, seen: Examination, words: Words) -> Iterator[Findi
         if ahead:
             yield Finding(
                 severity="error", code="UL4407", what=f"the store is older than what it had saved of {service}",
-                evidence=f"{_named(ahead)}: it is at {store.units[ahead[0]].position}, {words.who} was told {notes[ahead[0]].position}",
+                evidence=f"{_named(ahead)}: it is at {store.units[ahead[0]].position}, {words.told} was told {notes[ahead[0]].position}",
                 fix=f"was an old backup restored? Bring the newest copy back. If there is none, {words.forget}, and what came "
                 "after the backup is handled again",
             )  # fmt: skip

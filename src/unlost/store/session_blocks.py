@@ -66,8 +66,18 @@ class SessionBlock:
         return list(await self._session.execute(sql, bindings))
 
     async def finish(self, settlement: Settlement) -> None:
-        self._ending = asyncio.create_task(self._finish(settlement))
-        await asyncio.shield(self._ending)
+        """A cancellation comes out after the commit has ended: else the user's own `async with` would close the session in
+        the middle of it, and the driver take the commit of what was rolled back for a success."""
+        ending = self._ending = asyncio.create_task(self._finish(settlement))
+        cancelled: asyncio.CancelledError | None = None
+        while not ending.done():
+            try:
+                await asyncio.wait({ending})
+            except asyncio.CancelledError as e:
+                cancelled = e
+        if cancelled is not None:
+            raise cancelled
+        ending.result()
 
     async def _finish(self, settlement: Settlement) -> None:
         try:

@@ -14,15 +14,17 @@ from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, Connection
+from psycopg.errors import DivisionByZero
 
 from unlost.errors import Misconfigured, StatementFailed, Unavailable, UsageError
 from unlost.events.topic import Unit
 from unlost.store.port import Inbox, Known, Settlement
 from unlost.store.postgres import rows
-from unlost.store.postgres.client import Client, call, told
+from unlost.store.postgres.client import BEGIN, SESSION, Client, Executor, call, told
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
-from unlost.store.steps import Rows, Steps, in_schema, one, run, run_async
+from unlost.store.session_blocks import handled_meanwhile
+from unlost.store.steps import Rows, Steps, in_schema, run, run_async
 
 _OF_THE_BLOCK = re.compile(
     r"\s*(begin|commit|rollback|abort|end|savepoint|release|start\s+transaction|prepare\s+transaction|set\s+session|"
@@ -48,9 +50,13 @@ def _failed(e: Exception, sql: str, settings: Settings) -> BaseException:
     meaning = explained(e, settings)
     if isinstance(meaning, Unavailable):
         return meaning
+    if isinstance(e, psycopg.errors.FeatureNotSupported) and "cached plan" in str(e):
+        return Unavailable(
+            "UL2012", "a table was changed; the statement is prepared anew and tried again", found=str(e)
+        )
     return StatementFailed(
         "UL1206", f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}", found=sql.strip()[:200],
-        fix="correct the statement, or catch StatementFailed if it may fail",
+        fix="correct the statement",
     )  # fmt: skip
 
 
@@ -88,10 +94,9 @@ class LentBlock:
         self._connection = connection
         try:
             with told(self._client.settings):
-                async with connection.pipeline() as pipeline:
-                    await connection.execute("begin isolation level read committed read write")
-                    execute = self._client.executor(connection, pipeline)
-                    known = await run_async(rows.enter(unit, epoch, inbox), execute)
+                known = await run_async(
+                    rows.enter(unit, epoch, inbox), Executor(connection, self._client.schema, BEGIN)
+                )
         except BaseException:
             await self.abort()
             raise
@@ -130,15 +135,25 @@ class LentBlock:
             async with self._lock:
                 connection = self._open()
                 self._stop_timer()
+                text, bindings = rows.finish_or_fail(settlement)
                 with told(self._client.settings):
-                    await run_async(rows.finish(settlement), self._client.executor(connection))
-                    await connection.execute("commit")
-        except BaseException:
+                    async with connection.pipeline():  # one trip for both; where the first fails, nothing is committed
+                        await connection.execute(*call(in_schema(text, self._client.schema), bindings))
+                        await connection.execute("commit")
+        except BaseException as e:
             await self.abort()
+            if isinstance(e.__cause__, DivisionByZero):
+                await self._refused(settlement)
             raise
         await self._leave()
         if any(o.publishes for o in settlement.outcomes):
             self._wake()
+
+    async def _refused(self, settlement: Settlement) -> None:
+        """Raises why the last statement has failed, if it was for a reason of ours."""
+        (o,) = settlement.outcomes
+        if await self._client.read(rows.enter(settlement.unit, settlement.epoch, o.inbox)) is not None:
+            raise handled_meanwhile(f"{settlement.unit}:{o.arrival.position}")
 
     async def settled(self) -> BaseException | None:
         if self._ending is None:
@@ -194,7 +209,7 @@ class SyncLentBlock:
             connection = self._connection = _connections.take(self._settings)
         try:
             with told(self._settings):
-                connection.execute("begin isolation level read committed read write")
+                connection.execute(BEGIN)
                 return run(rows.enter(unit, epoch, inbox), self._execute)
         except BaseException:
             self.abort()
@@ -268,7 +283,7 @@ class _Connections:
                 if not (connection.closed or connection.broken):
                     return connection
         connection = Connection.connect(settings.conninfo, autocommit=True)
-        connection.execute("set synchronous_commit = on")
+        connection.execute(SESSION)
         return connection
 
     def give(self, settings: Settings, connection: Connection[tuple[Any, ...]]) -> None:
@@ -309,11 +324,10 @@ class StoreRules:
         return in_schema(sql, self._schema)
 
     def enter(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Steps[Known | None]:
-        whose = yield from one("select value from unlost_meta where name = 'store_id'")
-        if whose is None or whose[0] != self._store_id:
-            raise elsewhere(f"its store is {whose[0] if whose else 'none'}, ours is {self._store_id}")
-        known = yield from rows.enter(unit, epoch, inbox)
-        return known
+        row = yield from rows.entry(unit, inbox)
+        if row[0] != self._store_id:
+            raise elsewhere(f"its store is {row[0] or 'none'}, ours is {self._store_id}")
+        return rows.entered(unit, epoch, row)
 
     def finish(self, settlement: Settlement) -> Steps[None]:
         return rows.finish(settlement)

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import psycopg
-from psycopg import AsyncConnection, AsyncPipeline, sql
+from psycopg import AsyncConnection, AsyncCursor, sql
 from psycopg_pool import AsyncConnectionPool, PoolClosed
 
 from unlost.errors import OutcomeUnknown, Unavailable, UnlostError
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
-from unlost.store.steps import ExecuteAsync, Rows, Steps, in_schema, run_async, with_percent
+from unlost.store.steps import Rows, Steps, in_schema, run_async, with_percent
 
 log = logging.getLogger("unlost.store")
 T = TypeVar("T")
@@ -33,7 +33,9 @@ SAY_SECONDS = 20.0
 FATE_SECONDS = 60.0  # how long it is asked what became of a commit whose answer was lost
 ASK_AGAIN_SECONDS = 0.2
 IDLE_SECONDS = 10.0  # inside a commit of ours: whoever stands still there longer is ended, and its locks with it
+NOTIFY_SECONDS = 0.005
 Connection = AsyncConnection[tuple[Any, ...]]
+BEGIN = "begin isolation level read committed read write"
 
 
 class Client:
@@ -46,6 +48,7 @@ class Client:
         self._own = self._pool(OWN_MAX, OWN_SECONDS, self._configure_own)
         self.lent = self._pool(settings.pool, LENT_SECONDS, _configure)
         self._weeding: asyncio.Task[None] | None = None
+        self._notified = float("-inf")
 
     def _pool(
         self, size: int, seconds: float, configure: Callable[[Connection], Awaitable[None]]
@@ -88,17 +91,8 @@ class Client:
         with told(self.settings):
             return await AsyncConnection.connect(self.settings.conninfo, autocommit=True)
 
-    def executor(self, connection: Connection, pipeline: AsyncPipeline | None = None) -> ExecuteAsync:
-        """In a pipeline, what was sent before goes out together with the first statement that is waited for."""
-        cursor = connection.cursor()
-
-        async def execute(text: str, bindings: Sequence[Any] = ()) -> Rows:
-            await cursor.execute(*call(in_schema(text, self.schema), bindings))
-            if pipeline is not None:
-                await pipeline.sync()
-            return await cursor.fetchall() if cursor.description is not None else []
-
-        return execute
+    def executor(self, connection: Connection) -> Executor:
+        return Executor(connection, self.schema)
 
     async def read(self, steps: Steps[T]) -> T:
         """Statements that write nothing. Each sees the newest commits."""
@@ -119,12 +113,12 @@ class Client:
             with told(self.settings):
                 async with self._own.connection() as connection:
                     life = self._lives[connection]
-                    async with connection.pipeline():  # one trip for both
-                        await connection.execute("begin isolation level read committed read write")
-                        cursor = await connection.execute("select pg_current_xact_id()::text")
-                    found = await cursor.fetchone()
+                    execute = Executor(connection, self.schema, BEGIN, "select pg_current_xact_id()::text")
+                    result = await run_async(make(), execute)
+                    if execute.before is None:  # no statement was run
+                        return result
+                    found = await execute.before.fetchone()
                     assert found is not None
-                    result = await run_async(make(), self.executor(connection))
                     transaction = found[0]
                     await connection.execute("commit")
                     return result
@@ -146,7 +140,10 @@ class Client:
                     same = self._lives[connection] == life
                     if same:
                         await connection.execute(_END_IT, (transaction,))
-                    cursor = await connection.execute("select pg_xact_status(%s::xid8)", (transaction,))
+                    try:
+                        cursor = await connection.execute("select pg_xact_status(%s::xid8)", (transaction,))
+                    except psycopg.errors.InvalidParameterValue:
+                        return False  # it lies in the future of this server, which then has never seen it
                     row = await cursor.fetchone()
                     assert row is not None
                     if row[0] == "committed" and not same:
@@ -160,10 +157,37 @@ class Client:
         )  # fmt: skip
 
     async def notify(self) -> None:
-        """Wakes those who wait for the outbox. A statement of its own, never in a transaction that writes."""
+        """Wakes those who wait for the outbox. A statement of its own, never in a transaction that writes; now and then is
+        enough, for whoever is woken takes all that is there."""
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(0.0, self._notified + NOTIFY_SECONDS - loop.time()))
+        self._notified = loop.time()
         with told(self.settings):
             async with self._own.connection() as connection:
                 await connection.execute("select pg_notify(%s, '')", (self.settings.channel,))
+
+
+class Executor:
+    """Runs our statements on a connection. What is to come before them goes out in one trip with the first."""
+
+    def __init__(self, connection: Connection, schema: str, *before: str) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._cursor = connection.cursor()
+        self._to_come = before
+        self.before: AsyncCursor[tuple[Any, ...]] | None = None  # with the result of the last that came before
+
+    async def __call__(self, text: str, bindings: Sequence[Any] = ()) -> Rows:
+        cursor, ours = self._cursor, call(in_schema(text, self._schema), bindings)
+        if not self._to_come:
+            await cursor.execute(*ours)
+        else:
+            to_come, self._to_come = self._to_come, ()
+            async with self._connection.pipeline():
+                for sql_text in to_come:
+                    self.before = await self._connection.execute(sql_text)
+                await cursor.execute(*ours)
+        return await cursor.fetchall() if cursor.description is not None else []
 
 
 # It changes when a server recovers from a crash, and when another one takes its place: statistics do not survive that.
@@ -181,11 +205,20 @@ _END_OLD = (
 )
 
 
+# What a connection of ours has. A server that nobody tells would believe for two hours that the client of a lost machine is
+# still there, with its locks; and who stands still in the middle of a transaction must not keep them either.
+SESSION = (
+    "select set_config('synchronous_commit', 'on', false), set_config('idle_in_transaction_session_timeout', '60s', false), "
+    "set_config('tcp_keepalives_idle', '20', false), set_config('tcp_keepalives_interval', '5', false), "
+    "set_config('tcp_keepalives_count', '3', false), set_config('tcp_user_timeout', '30s', false)"
+)
+
+
 async def _configure(connection: Connection) -> None:
     """Every statement is its own transaction unless we begin one. What is acknowledged must be on the disk, whatever the
     role's default says."""
     await connection.set_autocommit(True)
-    await connection.execute("set synchronous_commit = on")
+    await connection.execute(SESSION)
 
 
 def statement(text: str, schema: str) -> Any:

@@ -28,8 +28,12 @@ from unlost.world import REAL
 
 log = logging.getLogger("unlost.outbox")
 
-LOOK_SECONDS = 0.001  # how often it is looked whether a transaction has ended
-LONG_SECONDS = 5.0  # a transaction that is open longer is found by the relays themselves
+LOOK_SECONDS = 0.0005  # when it is looked whether a transaction has ended; then less and less often
+SELDOM_SECONDS = 0.05
+CALL_SECONDS = 0.005  # from one call to the next, for those that come together are one
+CALLING = 0.2  # no more of the time is spent on calls
+OPEN_MAX = 32  # transactions that are looked at; a busy connection is in its next one whenever it is
+LONG_SECONDS = 0.5  # a transaction that is open longer is found by the relays themselves
 IDLE_SECONDS = 10.0  # then the thread ends
 WARN_SECONDS = 60.0
 UNSENT_SECONDS = 5.0  # so long something may wait before the lack of a relay is worth a word
@@ -41,23 +45,30 @@ class PostgresDoor:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._schema = quoted(settings.schema)
-        self._lock = threading.Lock()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
+        self._lock = threading.Lock()  # of the thread and what it looks at: held for no longer than that takes
+        self._talking = threading.Lock()  # of the connection
+        self._bell = threading.Event()
         self._store_id = ""
         self._open: deque[tuple[AnySession, float]] = deque()
         self._thread: threading.Thread | None = None
         self._connection: Connection[tuple[object, ...]] | None = None
         self._warned = float("-inf")
 
+    @property
+    def ready(self) -> bool:
+        return bool(self._store_id) and self._pid == os.getpid()
+
     def prepare(self) -> None:
         """Learns which store this is. Asks the server the first time. Blocks."""
+        if self.ready:
+            return
         if self._pid != os.getpid():  # a fork of a server process: connections and threads are the parent's
-            self._lock = threading.Lock()
             self._begin_anew()
-        with self._lock:
+        with self._talking:
             if self._store_id:
                 return
             with told(self._settings):
@@ -89,33 +100,46 @@ class PostgresDoor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._call, name="unlost-outbox", daemon=True)
                 self._thread.start()
+        self._bell.set()
 
     def _call(self) -> None:
         """Looks at the transactions that hold events, and calls when some of them have ended."""
-        last = REAL.monotonic()
         while True:
-            REAL.pause(LOOK_SECONDS)
-            now = REAL.monotonic()
-            ended = False
-            for _ in range(len(self._open)):
-                session, since = self._open.popleft()
-                if now - since > LONG_SECONDS:
-                    continue
+            rang = self._bell.wait(IDLE_SECONDS)
+            self._bell.clear()
+            with self._lock:
+                if not rang and not self._open:
+                    self._thread = None
+                    return
+            wait = LOOK_SECONDS
+            while self._open:
+                if self._bell.wait(wait):  # there is a new one
+                    self._bell.clear()
+                    wait = LOOK_SECONDS
+                    REAL.pause(wait)
+                wait = min(wait * 1.5, SELDOM_SECONDS)
+                if self._has_ended():
+                    began = REAL.monotonic()
+                    self._notify()
+                    REAL.pause(max(CALL_SECONDS, (REAL.monotonic() - began) / CALLING))
+                    wait = LOOK_SECONDS
+
+    def _has_ended(self) -> bool:
+        now, ended = REAL.monotonic(), False
+        for _ in range(len(self._open)):
+            session, since = self._open.popleft()
+            if len(self._open) >= OPEN_MAX:
+                ended = True
+            elif now - since <= LONG_SECONDS:
                 if session.in_transaction:
                     self._open.append((session, since))
                 else:
                     ended = True
-            if ended:
-                last = now
-                self._notify()
-            with self._lock:
-                if not self._open and now - last > IDLE_SECONDS:
-                    self._thread = None
-                    return
+        return ended
 
     def _notify(self) -> None:
         try:
-            with told(self._settings), self._lock:
+            with told(self._settings), self._talking:
                 connection = self._connected()
                 connection.execute("select pg_notify(%s, '')", (self._settings.channel,))
                 if REAL.monotonic() - self._warned > WARN_SECONDS:
@@ -148,7 +172,7 @@ class PostgresDoor:
         self.close()  # an App that was never entered is never left
 
     def close(self) -> None:
-        with self._lock:
+        with self._talking:
             if self._connection is not None and self._pid == os.getpid():
                 self._connection.close()
             self._connection = None

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CLAIM_SECONDS = 1.0  # how often the other relays are looked at
 POLL_SECONDS = 0.2
+GATHER_SECONDS = 0.01  # where events come faster than they are sent one by one, so long some are gathered
+GATHER_BELOW = 100  # a batch that was larger is worth its commit
 HUNG_SECONDS = 15  # a relay that gives no sign of life for so long is replaced
 LIVES = (
     "exists (select 1 from unlost_process p join pg_locks l on l.objid = p.number and l.locktype = 'advisory' "
@@ -59,6 +61,7 @@ class PostgresOutbox:
         self._looked = float("-inf")
         self._hands: dict[int, tuple[Unsent, int, int]] = {}  # sent or about to be: row, shard, number
         self._confirmed: dict[int, int] = {}  # the broker has these, the database does not know yet: row -> shard
+        self._gather = False
 
     async def claim(self) -> bool:
         """Every relay may have its fair share; a surplus is given up, what nobody alive has is taken."""
@@ -125,11 +128,16 @@ class PostgresOutbox:
 
     async def next(self, held: Collection[Lane], limit: int) -> Sequence[Unsent]:
         """Confirms what was sent, and claims what is to be sent next, in one commit."""
+        if self._gather:
+            await asyncio.sleep(GATHER_SECONDS)
+        self._gather = False
+        called = self._news.is_set() and len(self._epochs) == SHARDS  # then it is for us
+        self._news.clear()
         waiting = [found for found in self._hands.values() if found[0].lane not in held]
         again = waiting[:limit]
         if again and not self._confirmed:
             return [row for row, _, _ in again]
-        if not again and not self._confirmed and not await self._client.read(self._any(held)):
+        if not (again or self._confirmed or called or await self._client.read(self._any(held))):
             return []
         confirmed = list(self._confirmed)
         try:
@@ -184,34 +192,31 @@ class PostgresOutbox:
             yield from _confirm(confirmed)
         if not limit:
             return []
-        claimed = yield (
+        found = yield (
             "with chosen as (select o.seq, o.shard, row_number() over (partition by o.shard order by o.seq) as place "
             f"from (select o.seq, o.shard {self._unclaimed(held)} order by o.seq limit {limit:d}) o), "
             "counted as (select shard, count(*) as many from chosen group by shard), "
             "moved as (update unlost_relay r set next = r.next + c.many from counted c where r.shard = c.shard "
-            "returning r.shard, r.next - c.many as first) "
-            "insert into unlost_outbox_status (seq, shard, number) select c.seq, c.shard, m.first + c.place - 1 "
-            "from chosen c join moved m on m.shard = c.shard returning seq",
+            "returning r.shard, r.next - c.many as first), "
+            "s as (insert into unlost_outbox_status (seq, shard, number) select c.seq, c.shard, m.first + c.place - 1 "
+            "from chosen c join moved m on m.shard = c.shard returning seq, number) "
+            f"select {STORED} from s join unlost_outbox o on o.seq = s.seq order by o.seq",
             self._which(held),
-        )
-        if not claimed:
-            return []
-        found = yield (
-            f"select {STORED} from unnest(?::bigint[]) as u(seq) join unlost_outbox o on o.seq = u.seq "
-            "join unlost_outbox_status s on s.seq = o.seq order by o.seq",
-            ([seq for (seq,) in claimed],),
         )
         return [(Unsent(number=row[0], envelope=envelope_of(row)), row[1], row[2]) for row in found]
 
     async def sent(self, numbers: Sequence[int]) -> None:
         """Kept in memory until the next commit: a crash before it only means that they are sent again."""
+        self._gather = self._news.is_set() and len(numbers) < GATHER_BELOW  # more has come meanwhile
         for number in numbers:
             found = self._hands.pop(number, None)
             if found is not None:
                 self._confirmed[number] = found[1]
 
     async def wait(self, seconds: float) -> None:
-        await _wait(self._news, min(seconds, POLL_SECONDS))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, POLL_SECONDS)):
+                await self._news.wait()
 
     async def give(self) -> None:
         """Confirms what is known, and lets others have the rest."""
@@ -242,29 +247,23 @@ class PostgresOutbox:
 
 def _confirm(numbers: Sequence[int]) -> Steps[None]:
     """Takes rows out that the broker has confirmed, and counts them."""
-    gone = yield (
-        "delete from unlost_outbox_status where seq = any(?::bigint[]) returning shard", (list(numbers),),
-    )  # fmt: skip
-    invariant(len(gone) == len(numbers), "what was sent had been claimed")
-    yield "delete from unlost_outbox where seq = any(?::bigint[])", (list(numbers),)
-    counts: dict[int, int] = {}
-    for (shard,) in gone:
-        counts[shard] = counts.get(shard, 0) + 1
-    yield (
-        "update unlost_relay r set confirmed = confirmed + u.many from unnest(?::smallint[], ?::bigint[]) as u(shard, many) "
-        "where r.shard = u.shard",
-        (list(counts), list(counts.values())),
+    (gone,) = yield from one(
+        "with gone as (delete from unlost_outbox_status where seq = any(?::bigint[]) returning shard), "
+        "taken as (delete from unlost_outbox where seq = any(?::bigint[])), "
+        "counted as (update unlost_relay r set confirmed = confirmed + g.many "
+        "from (select shard, count(*) as many from gone group by shard) g where r.shard = g.shard) "
+        "select count(*) from gone",
+        (list(numbers), list(numbers)),
     )
+    invariant(gone == len(numbers), "what was sent had been claimed")
 
 
 class PostgresCopies:
     """Copies of dead letters: whoever relays shard 0 sends them."""
 
-    def __init__(self, client: Client, listener: Listener, store: PostgresStore) -> None:
+    def __init__(self, client: Client, store: PostgresStore) -> None:
         self._client = client
-        self._listener = listener
         self._store = store
-        self._news = listener.subscribe()
 
     async def claim(self) -> bool:
         return self._store.sends_copies
@@ -292,17 +291,11 @@ class PostgresCopies:
         await self._client.commit(steps)
 
     async def wait(self, seconds: float) -> None:
-        await _wait(self._news, min(seconds, POLL_SECONDS))
+        """Nobody calls for a copy: there are few, and nothing waits for them."""
+        await asyncio.sleep(min(seconds, POLL_SECONDS))
 
     async def give(self) -> None:
         """The outbox gives its shards."""
 
     async def close(self) -> None:
-        self._listener.unsubscribe(self._news)
-
-
-async def _wait(news: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await news.wait()
-    news.clear()
+        """There is nothing to let go of."""

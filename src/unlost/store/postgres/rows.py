@@ -20,7 +20,7 @@ from unlost.store.port import Attempt, Death, Inbox, Known, Mirrored, Outcome, S
 from unlost.store.postgres.schema import SHARDS
 from unlost.store.progress import Progress, Runs
 from unlost.store.session_blocks import handled_meanwhile
-from unlost.store.steps import Rows, Steps, one
+from unlost.store.steps import Rows, Statement, Steps, one
 from unlost.world import rfc3339
 
 _json = msgspec.json
@@ -100,13 +100,16 @@ FORGET_MAX = 5000
 
 
 def forget(starts: Mapping[tuple[str, int], int], resends: Mapping[str, float]) -> Steps[int]:
-    """Removes marks of events that the log does not hold any more; returns how many, at most FORGET_MAX."""
+    """Removes marks of events that the log does not hold any more; returns how many, at most FORGET_MAX. While anything of
+    a service waits or is dead, all of its marks stay: what is parked or redriven may be a copy of a handled event."""
     rows = yield (
         "delete from unlost_inbox d using (select i.service, i.source, i.id "
         "from unnest(?::text[], ?::integer[], ?::bigint[]) as u(topic, partition, start) "
         "cross join unnest(?::text[], ?::double precision[]) as s(service, seconds) "
         "join unlost_progress p on p.service = s.service and p.topic = u.topic and p.partition = u.partition "
         "join unlost_inbox i on i.unit = p.number and i.position < u.start and i.at < extract(epoch from now()) - s.seconds "
+        "where not exists (select 1 from unlost_waiting w where w.service = s.service) "
+        "and not exists (select 1 from unlost_shelf d where d.service = s.service) "
         f"limit {FORGET_MAX}) f where d.service = f.service and d.source = f.source and d.id = f.id returning 1",
         (
             [topic for topic, _ in starts], [partition for _, partition in starts], list(starts.values()),
@@ -515,25 +518,40 @@ def _waiting_now(settlements: Sequence[Settlement]) -> Steps[set[tuple[Unit, int
 
 def enter(unit: Unit, epoch: int, mark: Inbox | None) -> Steps[Known | None]:
     """Is the unit still ours, and what does the inbox know of the event?"""
+    row = yield from entry(unit, mark)
+    return entered(unit, epoch, row)
+
+
+_ENTRY = (
+    "from unlost_meta m left join unlost_progress p on p.service = ? and p.topic = ? and p.partition = ?{} "
+    "where m.name = 'store_id'"
+)
+_ENTRY_ANY = "select m.value, p.epoch, null " + _ENTRY.format("")
+_ENTRY_ONCE = "select m.value, p.epoch, i.content, w.topic, w.partition, i.position " + _ENTRY.format(
+    " left join unlost_inbox i on i.service = ? and i.source = ? and i.id = ? left join unlost_progress w on w.number = i.unit"
+)
+
+
+def entry(unit: Unit, mark: Inbox | None) -> Steps[Sequence[Any]]:
+    """The store's id, the unit's epoch, and what the inbox knows: one statement, for `entered`."""
     if mark is None:
-        row = yield from one(f"select epoch, null, null, null, null from unlost_progress where {UNIT}", unit)
+        row = yield from one(_ENTRY_ANY, unit)
     else:
-        row = yield from one(
-            "select p.epoch, i.content, w.topic, w.partition, i.position from unlost_progress p "
-            "left join unlost_inbox i on i.service = ? and i.source = ? and i.id = ? "
-            "left join unlost_progress w on w.number = i.unit "
-            "where p.service = ? and p.topic = ? and p.partition = ?",
-            (unit.service, source_text(mark.source), id_bytes(mark.id), *unit),
-        )
-    if row is None or row[0] != epoch:
-        raise fenced(unit, row and row[0], epoch)
-    return None if row[1] is None else Known(row[1], (row[2], row[3], row[4]))
+        row = yield from one(_ENTRY_ONCE, (*unit, unit.service, source_text(mark.source), id_bytes(mark.id)))
+    return row or (None, None, None)
+
+
+def entered(unit: Unit, epoch: int, row: Sequence[Any]) -> Known | None:
+    if row[1] != epoch:
+        raise fenced(unit, row[1], epoch)
+    return None if row[2] is None else Known(row[2], (row[3], row[4], row[5]))
 
 
 _MARK = (
     "mark as (insert into unlost_inbox (content, position, unit, service, source, id) "
     "select ?::bigint, ?::bigint, number, ?::text, ?::text, ?::bytea from owned on conflict do nothing returning 1)"
 )
+_EVENT = f"events as ({_OUTBOX_ONE} from owned)"
 _EVENTS = f"events as ({_OUTBOX_MANY}, owned)"
 
 
@@ -544,6 +562,23 @@ def finish(settlement: Settlement) -> Steps[None]:
     Two owners of one unit (one has slept through its replacement) may come here with the same event: the mark is unique,
     so one of them fails. Every event of a key is marked before the next one is, whoever does it.
     """
+    (o,) = settlement.outcomes
+    text, marks, bindings = _ending(settlement)
+    owned, marked = yield from one(f"{text} select (select count(*) from owned), {marks}", bindings)
+    if not owned:
+        raise fenced(settlement.unit, None, settlement.epoch)
+    if not marked:
+        raise handled_meanwhile(f"{settlement.unit}:{o.arrival.position}")
+
+
+def finish_or_fail(settlement: Settlement) -> Statement:
+    """The same as a statement that fails (it divides by zero) where `finish` raises: the commit goes out with it in one
+    trip, and does not happen then."""
+    text, marks, bindings = _ending(settlement)
+    return f"{text} select 1 / (select count(*) from owned) / {marks}", bindings
+
+
+def _ending(settlement: Settlement) -> tuple[str, str, list[Any]]:
     unit = settlement.unit
     (o,) = settlement.outcomes
     parts = [f"owned as (select number from unlost_progress where {UNIT} and epoch = ?)"]
@@ -552,15 +587,14 @@ def finish(settlement: Settlement) -> Steps[None]:
         mark = o.inbox
         parts.append(_MARK)
         bindings += (mark.content, o.arrival.position, unit.service, source_text(mark.source), id_bytes(mark.id))
-    if o.publishes:
+    events = [_outbox_row(e) for e in o.publishes]
+    if len(events) == 1:
+        parts.append(_EVENT)
+        bindings += events[0]
+    elif events:
         parts.append(_EVENTS)
-        bindings += [list(column) for column in zip(*(_outbox_row(e) for e in o.publishes), strict=True)]
-    marks = "(select count(*) from mark)" if o.inbox is not None else "1"
-    owned, marked = yield from one(f"with {', '.join(parts)} select (select count(*) from owned), {marks}", bindings)
-    if not owned:
-        raise fenced(unit, None, settlement.epoch)
-    if not marked:
-        raise handled_meanwhile(f"{unit}:{o.arrival.position}")
+        bindings += [list(column) for column in zip(*events, strict=True)]
+    return f"with {', '.join(parts)}", "(select count(*) from mark)" if o.inbox is not None else "1", bindings
 
 
 def fenced(unit: Unit, found: int | None, epoch: int) -> Fenced:

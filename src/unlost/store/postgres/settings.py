@@ -12,7 +12,7 @@ from psycopg import conninfo
 from psycopg_pool import PoolTimeout, TooManyRequests
 
 from unlost.config import hide_secrets
-from unlost.errors import Bug, Unavailable, UnlostError, UsageError
+from unlost.errors import Bug, StatementFailed, Unavailable, UnlostError, UsageError
 
 SCHEMA = "unlost"
 POOL = 10
@@ -126,6 +126,11 @@ def explained(e: BaseException, settings: Settings) -> BaseException:
         return Unavailable(
             "UL2012", "the store cannot be written now", found=f"{settings.shown}: {text}",
             fix="it is tried again; if it stays so: is the server there, and is it the one that takes writes?",
+        )  # fmt: skip
+    if state == "25P02":
+        return StatementFailed(
+            "UL1272", "an earlier statement of this transaction failed, so nothing of it can be committed", found=settings.shown,
+            fix="let it fail, or write statements that cannot (on conflict do nothing)",
         )  # fmt: skip
     return Bug(
         "UL9004", "PostgreSQL refused a statement of ours; nothing was written", found=f"{type(e).__name__}: {text}",

@@ -46,7 +46,7 @@ from unlost.store.postgres.blocks import (
     SyncLentBlock,
     close_threads_connections,
 )
-from unlost.store.postgres.client import Client, Listener
+from unlost.store.postgres.client import ASK_AGAIN_SECONDS, Client, Listener
 from unlost.store.postgres.outbox import PostgresCopies, PostgresOutbox
 from unlost.store.postgres.settings import Settings
 from unlost.store.postgres.startup import check
@@ -62,8 +62,14 @@ _json = msgspec.json
 _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
 
 HEARTBEAT_SECONDS = 2.0
+DEATH_SECONDS = 3.0  # after `kill -9` the server may take so long to notice
+LOOK_AGAIN_SECONDS = 0.1
 FORGET_SECONDS = 86_400  # the row of a process that lives no more
 _TOKEN = 0  # of the advisory locks: taken while a service registers
+
+
+class StillRunning(UsageError):
+    """Or not any more: the server learns of a death a moment after it."""
 
 
 class PostgresStore:
@@ -212,7 +218,15 @@ class PostgresStore:
             for topic in topics:
                 yield from rows.pin(service, topic)
 
-        await self.client.commit(steps)
+        end = asyncio.get_running_loop().time() + DEATH_SECONDS
+        while True:
+            try:
+                await self.client.commit(steps)
+                return
+            except StillRunning:
+                if asyncio.get_running_loop().time() > end:
+                    raise
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
 
     def _check_policy(self, service: str, old: dict[str, Any], new: dict[str, Any]) -> Steps[None]:
         """Old and new releases of a service may run side by side, but not with another order policy."""
@@ -223,7 +237,7 @@ class PostgresStore:
             "select distinct owner from unlost_progress where service = ? and owner is not null", (service,),
         )  # fmt: skip
         if any(owner in living for (owner,) in owners):
-            raise UsageError(
+            raise StillRunning(
                 "UL1131", f"the service {service!r} is running with on_dead={old['on_dead']!r}",
                 found=f"this release says on_dead={new['on_dead']!r}",
                 fix="stop the old release first: both at once would break the order of keys",
@@ -265,7 +279,7 @@ class PostgresStore:
         try:
             fenced = await self.client.commit(steps)
         except OutcomeUnknown as e:
-            if not await self.client.read(rows.happened(settlements)):
+            if not await self._happened(settlements):
                 raise Unavailable(
                     "UL2012", "a commit to the store did not happen", found=str(e), fix="it is tried again"
                 ) from e
@@ -273,6 +287,15 @@ class PostgresStore:
         if any(o.publishes or o.state == "dead" for s in settlements for o in s.outcomes):
             self.wake()
         return fenced
+
+    async def _happened(self, settlements: Sequence[Settlement]) -> bool:
+        """Whether they are settled. Asked until somebody answers: a guess would settle twice, or not at all."""
+        while True:
+            try:
+                return await self.client.read(rows.happened(settlements))
+            except Unavailable as e:
+                log.warning("whether a commit happened cannot be read now; asking again: %s", e)
+                await asyncio.sleep(ASK_AGAIN_SECONDS)
 
     def block(self, session: object = None, deadline_seconds: float | None = None) -> Block:
         if session is None:
@@ -304,7 +327,7 @@ class PostgresStore:
         return PostgresOutbox(self.client, self._listener, self)
 
     def copies(self) -> PostgresCopies:
-        return PostgresCopies(self.client, self._listener, self)
+        return PostgresCopies(self.client, self)
 
     def wake(self) -> None:
         """Tells the relays of all machines that there is something to send; calls that come together are one."""
