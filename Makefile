@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench bench-kafka prove wheel docs clean
+.PHONY: help demo test check format bench bench-kafka bench-postgres prove wheel docs clean
 
 help:
 	@echo "make demo    the shop on real orders, killed with kill -9 while it works"
 	@echo "make test    all tests and proofs, and the wheel in an empty environment"
 	@echo "make check   format, lint, types, import directions and the fast tests (under a minute)"
-	@echo "make bench   speed, as ratios to raw loops in the same run -> bench/RESULTS.md, bench/RESULTS-KAFKA.md"
+	@echo "make bench   speed, as ratios to raw loops in the same run -> bench/RESULTS*.md"
 	@echo "make prove   the long proofs: many more kills, crash states and seeds"
 
 $(READY): pyproject.toml constraints.txt
@@ -46,9 +46,13 @@ wheel: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/kafka_run.py
+	$(BIN)/python bench/postgres_run.py
 
 bench-kafka: $(READY)
 	$(BIN)/python bench/kafka_run.py
+
+bench-postgres: $(READY)
+	$(BIN)/python bench/postgres_run.py
 
 prove: $(READY)
 	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash

@@ -369,12 +369,13 @@ class App:
         if session.dialect == "sqlite":
             known = {str(sqlite_path(url)): url for url in self.outboxes if not is_postgres(url)}
             url = known.get(str(Path(path).resolve())) if path else None
-            found = path or "a database in memory"
         else:
             store = config.setting("store", code=self.store_url).value
             url = next((u for u in (store, *self.outboxes) if is_postgres(u)), None)
-            found = f"the store is {config.hide_secrets(store) or 'a file'}, and no other PostgreSQL is named"
         if url is None:
+            found = path or "a database in memory"
+            if session.dialect == "postgresql":
+                found = f"the store is {config.hide_secrets(store) or 'a file'}, and no other PostgreSQL is named"
             raise UsageError(
                 "UL1262", "no relay looks at this database: its events would stay in it", found=found,
                 fix="UNLOST_STORE=postgresql://… if it is the store's; else App(outboxes=['sqlite:///path/shop.db']) or "

@@ -412,7 +412,7 @@ class Workload:
             )
 
         await self.step(f"ask {action}", self.file.write(ask), lambda _: self.model.ask(request, number))
-        assert request in self.store.requests(unit.service)
+        assert request in await self.store.requests(unit.service)
         await self.step(
             action,
             self.store.carry_out(request, self.model.epochs[unit]),

@@ -38,6 +38,7 @@ from evidence import Effect, Journal, read
 import unlost.delivery.worker as worker_module
 import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
+import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost import App, Context, Event, OutcomeUnknown, Reject, Retry, RetryLater, Service, Topic, Unavailable
 from unlost.brokers.embedded.group import EmbeddedMember
@@ -257,7 +258,7 @@ POINTS: list[tuple[Any, str]] = [
     (store_module, "_wait"),
     (store_module, "_enter"),
     (store_module, "_enter_inbox"),
-    (store_module, "carry_out"),
+    (shelf_module, "carry_out"),
     (EmbeddedMember, "_join"),
     (EmbeddedMember, "_claim"),
     (EmbeddedMember, "release"),
@@ -305,6 +306,15 @@ def arm(journal: Journal, owner: Any, name: str, when: str, count: int) -> None:
         async def replaced(*args: Any, **kwargs: Any) -> Any:
             tick("before")
             result = await original(*args, **kwargs)
+            tick("after")
+            return result
+
+    elif inspect.isgeneratorfunction(original):
+
+        @functools.wraps(original)
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            tick("before")
+            result = yield from original(*args, **kwargs)
             tick("after")
             return result
 

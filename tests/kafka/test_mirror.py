@@ -15,7 +15,7 @@ from kafka_kit import a_store, counts, dead, everything, make_topic, send, servi
 from servers.kafka import Kafka
 from unlost import App, Context, Event, Reject, Retry, Service, Topic, UsageError
 from unlost.delivery import mirror as mirror_module
-from unlost.store import outbox
+from unlost.store import sqlite
 from unlost.store.records import FileRecords
 
 
@@ -165,14 +165,14 @@ async def test_shelf_and_copy_are_one_commit(
     a_store(monkeypatch, tmp_path)
     service, _ = a_service()
     app = App(service, broker=url_of(kafka, fresh_prefix), mirror_dead="{topic}-dlt")
-    real, failures = outbox.put_raw, [apsw.FullError("no space")]
+    real, failures = sqlite.put_raw, [apsw.FullError("no space")]
 
     def put(tx: Any, copy: Any) -> None:
         if failures:
             raise failures.pop()
         real(tx, copy)
 
-    monkeypatch.setattr(outbox, "put_raw", put)
+    monkeypatch.setattr(sqlite, "put_raw", put)
     async with serving(app):
         await app.publish(OrderPlaced(order_id="a", cents=0))
         await until(lambda: len(dead(app)) == 1)

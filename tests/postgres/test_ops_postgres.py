@@ -485,6 +485,9 @@ def test_what_the_broker_does_not_take_is_shown(shell: Shell, monkeypatch: pytes
         red(diagnosed(shell), "UL4409", "warning", "not confirmed for 60 s")
         sql(url, "update unlost.unlost_relay set process = null where shard < 4")
         assert "nobody sends 4 of its 16 parts yet" in shell.quick("status").out
+        sql(url, "update unlost.unlost_process set seen = now() - interval '1 minute'")
+        found = shell.quick("status", "--json").json["outbox"]
+        assert (found["relays"], found["orphaned"]) == ([], 16), "others would take its place"
         running.process.send_signal(signal.SIGCONT)
         running.process.kill()
 
@@ -570,6 +573,10 @@ def test_whoever_is_about_to_take_a_partition_is_asked(shell: Shell) -> None:
     try:
         give = "update unlost_assignment set process = ? where service = 'billing'"
         other.write_sync(lambda tx: tx.execute(give, (other.process_id,)) and None)
+        join = "insert into unlost_member values ('billing', 'order', ?, 1)"
+        other.write_sync(lambda tx: tx.execute(join, (other.process_id,)) and None)
+        (process,) = shell.quick("status", "--json").json["services"][0]["processes"]
+        assert (process["alive"], process["partitions"]) == (True, 2)
         with looking(shell) as here:
             letters = shelf.letters(here.records)
             asked = shelf.ask(
@@ -894,6 +901,7 @@ def test_a_file_needs_no_migration(tmp_path: Path) -> None:
         result = shell.quick("store", "migrate", **env)
         assert result.code == 0 and "nothing to do: a store in a file makes its tables by itself" in result.out
     assert shell.quick("store", "migrate", "--sql", "--json").json["done"] is False
+    assert "UL1141" in shell.quick("store", "migrate", "--store", "postgresq://db/shop").err
     assert "store" in shell.quick("--help").out and "--role" in shell.quick("store", "migrate", "--help").out
 
 
@@ -1200,6 +1208,7 @@ def test_no_command_shows_a_password(tmp_path: Path, store: str, postgres: Postg
     run("store", "migrate", "--sql", "--role", "x")
     wrong = url.replace(secret, f"{secret}-wrong")
     away = url.replace(host, "127.0.0.1:9")
+    words = f"host=127.0.0.1 user={role} password='{CANARY}' dbname=x"
     broken = url.replace(parts.path, "")
     for bad in (
         wrong,
@@ -1207,6 +1216,7 @@ def test_no_command_shows_a_password(tmp_path: Path, store: str, postgres: Postg
         broken,
         f"{url}{'&' if '?' in url else '?'}schema=1",
         url.replace("postgresql", "postgresq"),
+        words,
     ):
         for command in (
             ["status"],

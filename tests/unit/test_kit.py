@@ -197,6 +197,15 @@ async def test_an_app_can_be_run_again_and_is_left_as_it_was() -> None:
                 pass
 
 
+async def test_no_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNLOST_STORE", "postgresql://nobody@127.0.0.1:9/shop")
+    app, *_ = make()
+    async with running(app) as t:
+        await t.publish(Placed(order_id="a"))
+        await t.settled()
+        assert t.books.balanced
+
+
 async def test_only_chosen_services_run() -> None:
     one, two, seen = Service("one"), Service("two"), []
     for service in (one, two):

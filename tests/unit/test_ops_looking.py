@@ -236,6 +236,10 @@ def test_data_are_shown_as_far_as_classes_allow() -> None:
         ("amqp://ann:s3c@cret@h/", "amqp://ann:***@h/"),
         ("redis://:s3cret@h/", "redis://:***@h/"),
         ("amqp://h/?Token=s3cret", "amqp://h/?Token=***"),
+        ("postgresql://ann:s3cret@h1:5432,h2:5433/db", "postgresql://ann:***@h1:5432,h2:5433/db"),
+        ("postgresql:///db?host=/x&password=s3cret&user=a", "postgresql:///db?host=/x&password=***&user=a"),
+        ("host=h password='s3 cret\\'s' dbname=x", "host=h password=*** dbname=x"),
+        ("password = s3cret host=h", "password = *** host=h"),
     ],
 )
 def test_secrets_are_hidden(url: str, hidden: str) -> None:

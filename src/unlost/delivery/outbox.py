@@ -22,6 +22,10 @@ from unlost.store.steps import Steps, run, run_async
 class Place(Protocol):
     """The outbox of one database, on the side of those who publish."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether `prepare` has nothing to do."""
+
     def prepare(self) -> None:
         """Learns what it must know of the database; asks it the first time. Blocks."""
 
@@ -114,7 +118,8 @@ class Outbox:
             raise _wrong_kind("async with", "with", session)
         self._check_transaction()
         self._place = self._find(session, await session.place())
-        await asyncio.to_thread(self._place.prepare)
+        if not self._place.ready:
+            await asyncio.to_thread(self._place.prepare)
         if not session.in_transaction:
             await session.execute(_BEGIN[session.dialect])
         self._events, self._open = [], True

@@ -19,6 +19,7 @@ log = logging.getLogger("unlost.settle")
 
 RETRY_SECONDS = 0.5
 BUFFER_MAX = 5000  # outcomes that wait for their commit; beyond it, runners wait
+LATER_SECONDS = 0.05  # how long an outcome that is known to be durable waits for others
 
 
 class Settler:
@@ -39,6 +40,7 @@ class Settler:
         self._room.set()
         self._plain: list[Owned] = []  # with events that were handled and have no other consequence
         self._waiting = 0  # outcomes that wait for their commit
+        self._alarm: asyncio.TimerHandle | None = None
         self._put = 0
         self._settled = 0
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
@@ -53,6 +55,15 @@ class Settler:
         self._pending.append((owned, outcome))
         return self._count()
 
+    def later(self, owned: Owned, outcome: Outcome) -> None:
+        """The same for an event whose mark is durable, so that nothing is handled again without its position: many of
+        these share a commit."""
+        self._pending.append((owned, outcome))
+        self._waiting += 1
+        self._put += 1
+        if self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(LATER_SECONDS, self._work.set)
+
     def done(self, owned: Owned, position: int, event_hash: int, size: int) -> int:
         """The same for an event that was handled and has no other consequence: the common case, at little cost."""
         plain = owned.plain
@@ -65,14 +76,14 @@ class Settler:
         return self._count()
 
     def _count(self) -> int:
-        if not self._waiting:
-            self._work.set()
+        self._work.set()
         self._waiting += 1
         self._put += 1
         return self._put
 
     async def room(self) -> None:
         while self.full:
+            self._work.set()
             self._room.clear()
             await self._room.wait()
 
@@ -83,6 +94,7 @@ class Settler:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append((wanted, future))
+        self._work.set()
         await future
 
     async def run(self) -> None:
@@ -90,6 +102,9 @@ class Settler:
         while True:
             await self._work.wait()
             self._work.clear()
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
             batch, self._pending = self._pending, []
             plain_owners, self._plain = self._plain, []
             count, self._waiting = self._waiting, 0

@@ -366,6 +366,8 @@ class Worker:
         outcome = Outcome(arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited)
         if ctx.transaction_used.settles:
             self._on_durable(d.lane.owned, outcome)
+        elif d.handler.guarantee == "effectively-once":
+            self._settler.later(d.lane.owned, outcome)
         else:  # its consequences are durable: the next transaction of the key need not wait for its position
             self._settler.put(d.lane.owned, outcome)
 

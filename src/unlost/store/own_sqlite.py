@@ -84,6 +84,10 @@ class OwnSqlite:
         self.path = path.resolve()
         self._looked = False
 
+    @property
+    def ready(self) -> bool:
+        return self._looked
+
     def prepare(self) -> None:
         """Looks whether it is a database, and a safe one, the first time. Blocks."""
         if self._looked:

@@ -59,6 +59,9 @@ class StoreRig(Protocol):
     async def ask(self, request: Request) -> None:
         """Notes an operator's request on a dead letter."""
 
+    async def noticed(self) -> None:
+        """Returns when the store knows of every process that was killed; a server learns of that a moment later."""
+
     async def tables(self) -> Tables:
         """Every row of every table that says something durable, by the names of `sqlite/schema.py` without
         `unlost_`. Left out is what changes by itself (counters of commits, lists of processes)."""
@@ -104,6 +107,9 @@ class SqliteRig:
             tx.execute(f"update unlost_shelf set request = ?, operation = ? {where}", (request.action, number, *place))
 
         await self._file.write(work)
+
+    async def noticed(self) -> None:
+        """The kernel has let go of its lock."""
 
     async def tables(self) -> Tables:
         def work(connection: Any) -> Tables:
@@ -949,11 +955,13 @@ async def an_event_that_kills_is_found(c: StoreCase) -> None:
     for _ in range(2):
         child = await c.owner_process(owner.unit, in_hand=[0, 2])
         await child.kill()
+        await rig.noticed()
         taken = await owner.take()
     expect({0, 2} <= taken.suspects, f"0 and 2 are suspects after two deaths; they are {sorted(taken.suspects)[:9]}")
     for number in (1, 2):
         child = await c.owner_process(owner.unit, in_hand=[0], alone=True)
         await child.kill()
+        await rig.noticed()
         taken = await owner.take()
         expect(0 in taken.suspects, "0 is a suspect")
         same({p: len(a) for p, a in taken.attempts.items()}, {0: number}, "a lonely suspect")
@@ -962,12 +970,14 @@ async def an_event_that_kills_is_found(c: StoreCase) -> None:
     same((await owner.take()).suspects, set(), "suspects after a clean end")
     child = await c.owner_process(owner.unit, in_hand=[4], waited=[4], alone=True)
     await child.kill()
+    await rig.noticed()
     same((await owner.take()).suspects, {4}, "a suspect of the waiting room")
     (row,) = await rig.store.waiting(owner.unit, b"4", None, 9)
     same(len(row.attempts), 2, "its attempts")
     await owner.done(1)
     child = await c.owner_process(owner.unit)
     await child.kill()
+    await rig.noticed()
     same((await owner.take()).suspects, set(), "suspects when nothing was in hand")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Sequence
 
 from unlost.events import Envelope
@@ -53,6 +55,16 @@ class PostgresRig:
 
         await self._real.client.commit(steps)
 
+    async def noticed(self) -> None:
+        async with asyncio.timeout(10):
+            while not all(_lives(pid) for pid in await self._real.client.read(self._pids())):  # noqa: ASYNC110 - nobody rings
+                await asyncio.sleep(0.01)
+
+    def _pids(self) -> Steps[list[int]]:
+        living = yield from self._real._living()
+        rows = yield "select pid from unlost_process where id = any(?::text[])", (sorted(living),)
+        return [pid for (pid,) in rows]
+
     async def tables(self) -> Tables:
         """Ours, and those that the scenarios made; but what identities and clocks fill in is left out."""
         found: Tables = {}
@@ -80,6 +92,14 @@ class PostgresRig:
 
             found[name.removeprefix("unlost_")] = await self._real.client.read(rows())
         return found
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager

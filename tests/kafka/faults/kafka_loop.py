@@ -33,6 +33,7 @@ import unlost.delivery.worker as worker_module
 import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
 import unlost.store.outbox as outbox_module
+import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from servers.kafka import Kafka
 from unlost import App, OutcomeUnknown, Unavailable
@@ -61,11 +62,11 @@ POINTS: list[tuple[Any, str]] = [
     (store_module, "_wait"),
     (store_module, "_enter"),
     (store_module, "_enter_inbox"),
-    (store_module, "carry_out"),
+    (shelf_module, "carry_out"),
     (outbox_module, "put"),
     (SqliteOutbox, "claim"),
     (SqliteOutbox, "sent"),
-    (SqliteOutbox, "unsent"),
+    (SqliteOutbox, "next"),
     (Relay, "_round"),
     (Relay, "_send"),
     (Publisher, "send"),

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import psycopg
+from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg.types.array import ListDumper
@@ -24,7 +25,6 @@ class _Psycopg:
     def __init__(self, connection: Any, cursor: Any) -> None:
         self._connection = connection
         self._cursor = cursor  # of psycopg's own kind, whatever the program's are
-        _plain(cursor.adapters)
         self._block: Any = None  # psycopg's own, so that it refuses commit() and rollback() inside
 
     @property
@@ -52,7 +52,7 @@ class Psycopg(_Psycopg):
     how_to_begin = "open a transaction: with connection.transaction():"
 
     def __init__(self, connection: Any) -> None:
-        super().__init__(connection, psycopg.Cursor(connection, row_factory=tuple_row))
+        super().__init__(connection, _Cursor(connection, row_factory=tuple_row))
 
     def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
         with self._pipeline():
@@ -90,7 +90,7 @@ class AsyncPsycopg(_Psycopg):
     how_to_begin = "open a transaction: async with connection.transaction():"
 
     def __init__(self, connection: Any) -> None:
-        super().__init__(connection, psycopg.AsyncCursor(connection, row_factory=tuple_row))
+        super().__init__(connection, _AsyncCursor(connection, row_factory=tuple_row))
 
     async def execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
         async with self._pipeline():
@@ -136,8 +136,9 @@ def _check_open(session: Psycopg | AsyncPsycopg, status: TransactionStatus) -> N
         raise refuse.ended(session)
 
 
-def _plain(adapters: Any) -> None:
-    """On this cursor our values go and come as psycopg does it by itself, whatever the program has registered."""
+def _plain() -> AdaptersMap:
+    """On our cursors values go and come as psycopg does it by itself, whatever the program has registered."""
+    adapters = AdaptersMap(psycopg.adapters)
     adapters.register_dumper(str, StrDumperUnknown)
     adapters.register_dumper(int, IntDumper)
     adapters.register_dumper(bytes, BytesBinaryDumper)
@@ -147,3 +148,15 @@ def _plain(adapters: Any) -> None:
     for name in ("int2", "int4", "int8"):
         adapters.register_loader(name, IntLoader)
     adapters.register_loader("bytea", ByteaLoader)
+    return adapters
+
+
+_PLAIN = _plain()
+
+
+class _Cursor(psycopg.Cursor[tuple[Any, ...]]):
+    adapters = _PLAIN  # of all of them: making a map for each takes longer than a statement
+
+
+class _AsyncCursor(psycopg.AsyncCursor[tuple[Any, ...]]):
+    adapters = _PLAIN
