@@ -32,9 +32,9 @@ class Probed(Event, key="n", topic="probe"):
     n: str
 
 
-def app_on(url: str, broker: str, *services: Service, pool: int = 16) -> App:
+def app_on(url: str, broker: str, *services: Service, pool: int = 16, relay: bool = True) -> App:
     topics = [Topic("order"), Topic("bill"), Topic("probe")]
-    return App(*services, broker=broker, store=f"{url}?pool={pool}", topics=topics)
+    return App(*services, broker=broker, store=f"{url}?pool={pool}", relay=relay, topics=topics)
 
 
 async def number(connection: AsyncConnection[Any], sql: str, *bindings: object) -> int:
@@ -133,7 +133,7 @@ async def measure_once(url: str, broker: str, kind: str, concurrency: int, total
         if seen == total:
             handled.set()
 
-    if kind == "plain":
+    if kind != "session":
 
         @service.on(OrderPlaced)
         async def bill(event: OrderPlaced, ctx: Context) -> None:
@@ -156,7 +156,7 @@ async def measure_once(url: str, broker: str, kind: str, concurrency: int, total
             note()
 
     async with (
-        app_on(url, broker, service, pool=concurrency) as app,
+        app_on(url, broker, service, pool=concurrency, relay=kind != "apart") as app,
         await AsyncConnection.connect(url, autocommit=True) as connection,
         own,
     ):

@@ -70,6 +70,8 @@ PUBLISHERS = {
     "async 16": ("async", 16, "16 tasks, async"),
 }
 HANDLERS = {
+    "apart 1": ("apart", 1, "`ctx.transaction()`, one at a time, relayed by others"),
+    "apart 16": ("apart", 16, "`ctx.transaction()`, 16 at a time, relayed by others"),
     "plain 1": ("plain", 1, "`ctx.transaction()`, one at a time"),
     "plain 16": ("plain", 16, "`ctx.transaction()`, 16 at a time"),
     "session 1": ("session", 1, "`ctx.transaction(connection)`, one at a time"),
@@ -461,8 +463,9 @@ is; and each run ends with a comparison of what was published with what is in th
 - Emptying: a backlog of {b.backlog:,} events, from the start of the relay until the last confirmation is durable. By hand:
   `select … limit 1000 for update skip locked`, publish with confirmation, delete, commit; one relay, no numbers.
 - Effectively-once: a backlog of the embedded log; each handler inserts a row and publishes an event, and the process
-  relays those meanwhile. Until the position of the last is durable. By hand: begin, check of epoch and inbox, the row, the
-  mark, the event, commit, over a pool of as many connections; no positions, no relay.
+  relays those meanwhile, but for the lines that say otherwise. Until the position of the last is durable. By hand: begin,
+  check of epoch and inbox, the row, the mark, the event, commit, over a pool of as many connections; no positions, no
+  relay.
 - Handler start: one event at a time, the next when the one before is settled; publisher and service are two processes.
   Beside the sum of two medians: the same transaction with a plain insert until it is committed, and an event of the broker
   until a bare member of it has it.

@@ -51,7 +51,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.marks import Marks
 from unlost.sqlite.transaction import Transaction
 from unlost.sqlite.turn import Turn
-from unlost.store.records import FileRecords
+from unlost.store.port import Records
 from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 
@@ -550,21 +550,21 @@ def operating(job: Job, journal: Journal, rng: random.Random, _: Any) -> None:
         return
     audited = 0.0
     with opened(job.url, store=job.file_url) as looking:
-        file = looking.file
+        records = looking.records
         while not stopping.wait(rng.random() * 0.2):
-            operate_once(file, job.folder, journal)
+            operate_once(records, job.folder, journal)
             if (
                 time.monotonic() - audited > 1.0 and not job.broker
             ):  # the books must balance at every instant, not only at the end
                 audited = time.monotonic()
-                books = books_module.books(FileRecords(file))
+                books = books_module.books(records)
                 journal.note(
                     "audited" if books.balanced else "unbalanced", str([*books.missing, *books.findings])[:500]
                 )
 
 
-def operate_once(file: File, folder: Path, journal: Journal) -> int:
-    letters = shelf.letters(FileRecords(file))
+def operate_once(records: Records, folder: Path, journal: Journal) -> int:
+    letters = shelf.letters(records)
     for letter in letters:
         if letter.request is not None:
             continue
@@ -575,7 +575,7 @@ def operate_once(file: File, folder: Path, journal: Journal) -> int:
         if cure:
             (folder / "cured" / f"{letter.service} {uid}").touch()
         action: shelf.Action = "redrive" if cure else "discard"
-        shelf.ask(FileRecords(file), action, [letter], operator="the proof", reason="as decided", wait_seconds=0)
+        shelf.ask(records, action, [letter], operator="the proof", reason="as decided", wait_seconds=0)
     return len(letters)
 
 
@@ -778,9 +778,9 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
     """Returns when the product says that nothing is left to do; whether that is true is for the checker to say."""
     end = time.monotonic() + seconds
     with opened(f"embedded://{folder}/events.db") as looking:
-        file = looking.file
+        records = looking.records
         while time.monotonic() < end:
-            books = books_module.books(FileRecords(file))
+            books = books_module.books(records)
             if not any(b.open + b.dead + b.parked for b in books.services.values()):
                 return
             time.sleep(0.1)
@@ -788,9 +788,9 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
 
 def audit(folder: Path) -> None:
     with opened(f"embedded://{folder}/events.db") as looking:
-        file = looking.file
-        books = books_module.books(FileRecords(file))
-        wrong = [*books.findings, *books.unaccountable, *books_module.verify(FileRecords(file))]
+        records = looking.records
+        books = books_module.books(records)
+        wrong = [*books.findings, *books.unaccountable, *books_module.verify(records)]
         wrong += [str(missing) for missing in books.missing]
         if books.unaccounted:
             wrong.append(f"{books.unaccounted} unaccounted")

@@ -71,6 +71,7 @@ class Looking:
         Raises:
             UsageError: there is none. Looking does not make one.
         """
+        invariant(self.embedded, "only the embedded broker has a file of its own")
         if self._file is None:
             _must_exist(
                 self.broker_path, NO_FILE, f"there is no broker file at {self.broker_path}", f"from {self._source}",

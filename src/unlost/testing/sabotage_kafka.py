@@ -49,9 +49,9 @@ def _bug(name: str, breaks: str) -> Callable[[Callable[[], None]], Callable[[], 
 
 @_bug("told-when-received", "the group is told of events when they are received, before they are settled")
 def _told_when_received() -> None:
-    def make(original: Callable[[Worker, Arrivals], None]) -> Any:
-        def take_in(self: Worker, arrivals: Arrivals) -> None:
-            original(self, arrivals)
+    def make(original: Callable[..., None]) -> Any:
+        def take_in(self: Worker, arrivals: Arrivals, *known: Any) -> None:
+            original(self, arrivals, *known)
             assert self._member is not None
             told = Ack(arrivals.unit, arrivals.events[-1].position + 1, "")
             self._spawn(self._member.ack([told]))

@@ -245,7 +245,7 @@ def _marks_of_all_services() -> None:
         )
 
     _replace(rows, "seen", make)
-    _replace(rows, "enter", make)
+    _replace(rows, "entry", make)
 
 
 @_bug("marks-removed-by-age", "marks are removed when they are old, whatever may still come again")
@@ -269,25 +269,30 @@ def _repeats_not_recognised() -> None:
         yield from ()
         return {}
 
-    def unmarked(original: Callable[..., Steps[Any]]) -> Any:
-        return lambda unit, epoch, mark: original(unit, epoch, None)
-
-    def finish(original: Callable[..., Steps[None]]) -> Any:
-        def steps(settlement: Settlement) -> Steps[None]:
-            for o in settlement.outcomes:
-                o.inbox = None
-            return original(settlement)
-
-        return steps
-
     def deduplicate(settlements: Sequence[Settlement], numbers: Mapping[Unit, int]) -> Steps[None]:
         yield from ()
 
     _replace(rows, "seen", lambda _: seen)
-    _replace(rows, "enter", unmarked)
-    _replace(rows, "finish", finish)
+    _replace(rows, "entry", _unmarked)
+    _replace(rows, "_ending", _without_mark)
     _replace(rows, "_deduplicate", lambda _: deduplicate)
     _replace(Worker, "_recall", lambda _: lambda self, inbox: None)
+
+
+def _unmarked(original: Callable[..., Steps[Any]]) -> Any:
+    """A transaction begins without a look at the inbox."""
+    return lambda unit, mark: original(unit, None)
+
+
+def _without_mark(original: Callable[[Settlement], Any]) -> Any:
+    """A transaction ends without the mark."""
+
+    def ending(settlement: Settlement) -> Any:
+        for o in settlement.outcomes:
+            o.inbox = None
+        return original(settlement)
+
+    return ending
 
 
 # --- what belongs into one commit ------------------------------------------------------------------------------------
@@ -315,20 +320,12 @@ def _mark_before_the_handler() -> None:
         return handle
 
     _replace(Worker, "_handle", make)
-    _replace(rows, "enter", lambda enter: lambda unit, epoch, mark: enter(unit, epoch, None))
+    _replace(rows, "entry", _unmarked)
 
 
 @_bug("mark-after-the-block", "a handler's transaction commits its rows, and the mark comes in another commit")
 def _mark_after_the_block() -> None:
-    def make(original: Callable[..., Steps[None]]) -> Any:
-        def finish(settlement: Settlement) -> Steps[None]:
-            for o in settlement.outcomes:
-                o.inbox = None
-            return original(settlement)
-
-        return finish
-
-    _replace(rows, "finish", make)
+    _replace(rows, "_ending", _without_mark)
 
 
 @_bug("position-before-the-block", "the position is settled before the handler's transaction is committed")
@@ -369,16 +366,15 @@ def _publishes_after_settling() -> None:
 
 @_bug("stale-epoch-accepted", "whoever owned a partition once may still settle, though another process has it now")
 def _stale_epoch_accepted() -> None:
-    def enter(original: Callable[..., Steps[Any]]) -> Any:
-        def steps(unit: Unit, epoch: int, mark: Inbox | None) -> Steps[Any]:
-            return _rewritten(original(unit, epoch, mark), answer=lambda _, found: [(epoch, *row[1:]) for row in found])
+    def entered(original: Callable[..., Any]) -> Any:
+        return lambda unit, epoch, row: original(unit, epoch, (row[0], epoch, *row[2:]))
 
-        return steps
+    def ending(original: Callable[[Settlement], Any]) -> Any:
+        def replaced(settlement: Settlement) -> Any:
+            text, *rest = original(settlement)
+            return (text.replace("and epoch = ?", "and epoch >= ?"), *rest)
 
-    def finish(original: Callable[..., Steps[None]]) -> Any:
-        return lambda settlement: _rewritten(
-            original(settlement), lambda text: text.replace("and epoch = ?", "and epoch >= ?")
-        )
+        return replaced
 
     def settle(original: Callable[..., Steps[Any]]) -> Any:
         def steps(settlements: Sequence[Settlement], *args: Any) -> Steps[Any]:
@@ -393,8 +389,8 @@ def _stale_epoch_accepted() -> None:
 
         return steps
 
-    _replace(rows, "enter", enter)
-    _replace(rows, "finish", finish)
+    _replace(rows, "entered", entered)
+    _replace(rows, "_ending", ending)
     _replace(rows, "settle", settle)
 
 

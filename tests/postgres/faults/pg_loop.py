@@ -113,7 +113,7 @@ def hurry(hung: float = HUNG_SECONDS) -> None:
     worker_module.SHORT_WAIT_SECONDS = 0.05
     worker_module.ACK_SECONDS = 0.2
     worker_module.AGAIN_SECONDS = 0.1
-    relay_module.AGAIN_SECONDS = 0.1
+    relay_module.AGAIN_SECONDS = 0.3
     _replace(worker_module, "decide", _soon)
     store_module.HEARTBEAT_SECONDS = 0.3
     outbox_module.CLAIM_SECONDS = 0.3

@@ -234,7 +234,10 @@ class Stage:
     def logged(self) -> list[Logged]:
         """Every event of the broker's log, in the order of each partition, by a plain reader."""
         if self.kafka is None:
-            return list(embedded_log(self.file)) if self.file.exists() else []
+            try:
+                return list(embedded_log(self.file)) if self.file.exists() else []
+            except apsw.SQLError:  # no process has got so far as to make its tables
+                return []
         from pg_kafka import kafka_log
 
         return kafka_log(*self.kafka)
