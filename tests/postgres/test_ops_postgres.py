@@ -23,7 +23,7 @@ import pytest
 
 from servers.fixtures import require_postgres
 from servers.pgbouncer import PgBouncer
-from servers.postgres import Postgres
+from servers.postgres import Postgres, binaries
 from unlost import App, Event, Reject, Retry, Service, Topic, UsageError
 from unlost.brokers.embedded.trim import trim
 from unlost.brokers.findings import Finding
@@ -490,6 +490,37 @@ def test_what_the_broker_does_not_take_is_shown(shell: Shell, monkeypatch: pytes
         assert (found["relays"], found["orphaned"]) == ([], 16), "others would take its place"
         running.process.send_signal(signal.SIGCONT)
         running.process.kill()
+
+
+def test_something_else_may_send_what_stands_there(tmp_path: Path) -> None:
+    """Debezium in place of our relay reads the table through logical replication."""
+    require_postgres(own=True)
+    with Postgres.start(settings={"wal_level": "logical"}, own=True) as server:
+        url = server.fresh()
+        migrations.migrate(url, operator="test", reason="")
+        shell = shop(tmp_path, url)
+        place(shell, "A")
+        sql(url, IN_HANDS)
+        assert "nobody sends them" in shell.quick("status").out
+        sql(url, "create publication outbox for table unlost.unlost_outbox")
+        command = [
+            str(binaries() / "pg_recvlogical"),
+            "-d",
+            url,
+            "--slot",
+            "debezium",
+            "--create-slot",
+            "--start",
+            "-P",
+            "pgoutput",
+        ]
+        command += ["-o", "proto_version=1", "-o", "publication_names=outbox", "-f", os.devnull]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as reader:
+            until(lambda: shell.quick("status", "--json").json["outbox"]["streams"] == ["debezium"], "it reads")
+            assert "the replication slot debezium reads them" in shell.quick("status").out
+            red(diagnosed(shell), "UL4409", "note", "debezium")
+            reader.terminate()
+        until(lambda: "nobody sends them" in shell.quick("status").out, "it has stopped")
 
 
 # --- the shelf -------------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def _outbox_lines(o: OutboxStatus) -> list[str]:
     line = f"outbox  {count(o.events, 'event')} accepted and not in the log yet{copies}, the oldest for {age}"
     if o.stands_still:
         return [warn(f"{line}; nobody sends them: unlost run")]
+    if not o.relays:
+        return [f"{line}; no relay of ours runs, the replication slot {clean(', '.join(o.streams))} reads them"]
     pids = ", ".join(f"pid {r.pid}" + (f" on {clean(r.host)}" if o.shards > 1 else "") for r in o.relays)
     lines = [f"{line}; {pids} {'sends' if len(o.relays) == 1 else 'send'} them"]
     if o.refused:

@@ -64,6 +64,7 @@ class StoreFacts(msgspec.Struct, frozen=True, kw_only=True):
     unsent: int
     oldest: int | None  # when the oldest unsent event was accepted, microseconds
     relay: bool  # whether a living process sends
+    streams: Sequence[str] = ()  # what else sends
     refused: bool = False  # the broker has not taken the first of them for long
     contradictions: Sequence[str] = ()  # of the outbox's books
     numbered: bool = False  # it has books
@@ -271,7 +272,7 @@ def read_store(records: Records) -> StoreFacts:
         return StoreFacts(
             path=records.place, id=records.id, broker=belongs_to(records), unsent=outbox.events + outbox.copies,
             oldest=outbox.oldest, units={Unit(*row[:3]): Saved(*row[3:]) for row in rows}, relay=bool(outbox.relays),
-            refused=outbox.refused, contradictions=list(contradictions(outbox)), numbered=bool(outbox.books),
+            streams=outbox.streams, refused=outbox.refused, contradictions=list(contradictions(outbox)), numbered=bool(outbox.books),
             a_file=isinstance(records, FileRecords),
         )  # fmt: skip
 
@@ -410,7 +411,13 @@ def _outbox(store: StoreFacts, now: int) -> Iterator[Finding]:
     place = "unlost_outbox" if store.a_file else "unlost_outbox and unlost_copy"
     rows = "1 row" if store.unsent == 1 else f"{store.unsent:,} rows"
     evidence = f"{rows} in {place}, the oldest is {age:,.0f} s old"
-    if not store.relay:
+    if not store.relay and store.streams:
+        yield Finding(
+            severity="note", code="UL4409", what="events stand in the outbox, and something else than our relay reads it; what that has sent is "
+            "not known here", evidence=f"{evidence}; active replication slots: {', '.join(store.streams)}",
+            fix="with Debezium: delete old rows now and then; what has arrived, unlost audit counts",
+        )  # fmt: skip
+    elif not store.relay:
         yield Finding(
             severity="error", code="UL4409", what="accepted events wait in the outbox, and no process sends them",
             evidence=f"{evidence}; no living process has the relay", fix="unlost run: any process of this store sends them",

@@ -24,11 +24,12 @@ class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     relays: Sequence[Relaying]  # living processes that send
     shards: int  # into how many parts it is divided
     orphaned: int  # parts that no living process sends
+    streams: Sequence[str] = ()  # what else reads it, in place of our relays: replication slots
     books: Sequence[Shard] = ()  # of each part, where the store keeps them
 
     @property
     def stands_still(self) -> bool:
-        return bool(self.events or self.copies) and not self.relays
+        return bool(self.events or self.copies) and not self.relays and not self.streams
 
 
 def outbox(records: Records) -> OutboxStatus:
@@ -44,7 +45,7 @@ def shown(found: Accepted, now: int) -> OutboxStatus:
         events=found.events, copies=found.copies, age=found.age,
         oldest=None if found.age is None else now - round(found.age * 1e6), in_hands=found.in_hands,
         refused=found.held is not None and found.held > HELD_SECONDS and bool(found.relays), relays=found.relays,
-        shards=max(1, len(found.shards)), orphaned=found.orphaned, books=found.shards,
+        shards=max(1, len(found.shards)), orphaned=found.orphaned, streams=found.streams, books=found.shards,
     )  # fmt: skip
 
 

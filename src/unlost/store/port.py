@@ -465,6 +465,7 @@ class Accepted(NamedTuple):
     relays: Sequence[Relaying]
     orphaned: int  # parts of the outbox that no living process sends
     shards: Sequence[Shard]  # where a store numbers what it sends
+    streams: Sequence[str] = ()  # what else reads the outbox at this moment, in place of our relays
 
 
 class Records(Protocol):

@@ -257,7 +257,7 @@ def _deadlocks(life: Life) -> Service:
             if completed.order_id == life.about and left[0]:
                 left[0] -= 1
                 _lock_each_other_out(life, connection)
-            for till in (0, 1):
+            for till in (0, 1) if completed.order_id == life.about else (2, 3):
                 connection.execute("update till set moved = moved + 1 where id = %s", (till,))
             connection.execute(INSERT, row("stock", completed, completed.amount_cents))
 
@@ -591,7 +591,7 @@ class Scene(Stage):
             except TimeoutError:
                 child.kill()
                 code = child.code or 0
-            if code not in (0, -signal.SIGTERM):  # that before it could listen to it
+            if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):  # before it began to serve
                 self.found.add("ended badly")
 
     def refused(self, child: Child, code: str) -> None:
@@ -974,7 +974,7 @@ def settler_sleeps_inside_its_commit(scene: Scene) -> set[str]:
     orders = some(4, 2)
     scene.place(orders)
     trap = Trap("sql join .*unlost_progress p using .* for update of p", "after", "wait", inside="PostgresStore.settle")
-    one, life = scene.life("one", traps=(trap,), idle=1.0)
+    one, life = scene.life("one", services=("order",), traps=(trap,), idle=1.0)
     scene.reached(life)
     with scene.asleep(one, open_=1):
         two, _ = scene.life("two")

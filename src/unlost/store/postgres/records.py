@@ -163,8 +163,17 @@ class PostgresRecords:
         return Accepted(
             events, copies, None if age is None else max(0.0, age), in_hands, held,
             [Relaying(living[id].pid, living[id].host, owners.count(id)) for id in sorted(set(owners))],
-            len(shards) - len(owners), [Shard(*row[:5]) for row in shards],
+            len(shards) - len(owners), [Shard(*row[:5]) for row in shards], self._streams(look),
         )  # fmt: skip
+
+    def _streams(self, look: Look) -> list[str]:
+        """Logical replication of the outbox, as Debezium reads it."""
+        rows = look.execute(
+            "select slot_name from pg_replication_slots where active and slot_type = 'logical' and database = current_database() "
+            "and exists (select 1 from pg_publication_tables where schemaname = ? and tablename = 'unlost_outbox') order by 1",
+            (self.settings.schema,),
+        )
+        return [str(name) for (name,) in rows]
 
     def size(self, look: Look) -> int:
         row = look.execute(
