@@ -973,7 +973,7 @@ def settler_sleeps_inside_its_commit(scene: Scene) -> set[str]:
     wakes up, and settles nothing."""
     orders = some(4, 2)
     scene.place(orders)
-    trap = Trap("sql join .*unlost_progress p using .* for update of p", "after", "wait", inside="PostgresStore.settle")
+    trap = Trap("sql insert into .*unlost_inbox", act="wait", inside="PostgresStore.settle")
     one, life = scene.life("one", services=("order",), traps=(trap,), idle=1.0)
     scene.reached(life)
     with scene.asleep(one, open_=1):

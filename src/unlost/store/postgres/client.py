@@ -113,7 +113,9 @@ class Client:
             with told(self.settings):
                 async with self._own.connection() as connection:
                     life = self._lives[connection]
-                    execute = Executor(connection, self.schema, BEGIN, "select pg_current_xact_id()::text")
+                    execute = Executor(
+                        connection, self.schema, BEGIN, "select pg_current_xact_id()::text", together=False
+                    )
                     result = await run_async(make(), execute)
                     if execute.before is None:  # no statement was run
                         return result
@@ -168,25 +170,31 @@ class Client:
 
 
 class Executor:
-    """Runs our statements on a connection. What is to come before them goes out in one trip with the first."""
+    """Runs our statements on a connection. What is to come before them goes out in one trip, `together` with the first.
 
-    def __init__(self, connection: Connection, schema: str, *before: str) -> None:
+    A statement that locks must not be in that trip: the driver's pipeline ends with a Flush, with which the server forgets
+    for how long a transaction may be idle until the next statement has ended.
+    """
+
+    def __init__(self, connection: Connection, schema: str, *before: str, together: bool = True) -> None:
         self._connection = connection
         self._schema = schema
         self._cursor = connection.cursor()
         self._to_come = before
+        self._together = together
         self.before: AsyncCursor[tuple[Any, ...]] | None = None  # with the result of the last that came before
 
     async def __call__(self, text: str, bindings: Sequence[Any] = ()) -> Rows:
         cursor, ours = self._cursor, call(in_schema(text, self._schema), bindings)
-        if not self._to_come:
-            await cursor.execute(*ours)
-        else:
-            to_come, self._to_come = self._to_come, ()
+        to_come, self._to_come = self._to_come, ()
+        if to_come:
             async with self._connection.pipeline():
                 for sql_text in to_come:
                     self.before = await self._connection.execute(sql_text)
-                await cursor.execute(*ours)
+                if self._together:
+                    await cursor.execute(*ours)
+        if not (to_come and self._together):
+            await cursor.execute(*ours)
         return await cursor.fetchall() if cursor.description is not None else []
 
 
