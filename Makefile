@@ -57,6 +57,7 @@ bench-postgres: $(READY)
 prove: $(READY)
 	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash
 	env SECONDS=600 $(BIN)/pytest tests/kafka/faults
+	env SECONDS=600 $(BIN)/pytest tests/postgres/faults
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build unlost-demo

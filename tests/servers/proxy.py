@@ -7,6 +7,7 @@ its verbs may be called from any other; `broker=None` means all brokers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 import threading
@@ -202,18 +203,17 @@ class _Route:
             _reset(writer)  # the broker does not listen
             return
         link = _Link(self, reader, writer, there, back)
-        tasks = [asyncio.create_task(part()) for part in (link.requests, link.deliver, link.replies)]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-            link.give_back()
-            if any(isinstance(end, _Cut) for end in ends):
-                _reset(writer)
-            writer.close()
-            back.close()
+        with contextlib.closing(writer), contextlib.closing(back):  # also if a reset comes while they are being ended
+            tasks = [asyncio.create_task(part()) for part in (link.requests, link.deliver, link.replies)]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                link.give_back()
+                ends = await asyncio.gather(*tasks, return_exceptions=True)
+                if any(isinstance(end, _Cut) for end in ends):
+                    _reset(writer)
 
 
 class _Link:

@@ -340,7 +340,7 @@ def _position_before_the_block() -> None:
 
         return finish
 
-    _replace(LentBlock, "_finish", make)
+    _replace(LentBlock, "finish", make)
 
 
 @_bug(

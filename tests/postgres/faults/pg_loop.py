@@ -29,6 +29,7 @@ from pg_stage import Child, Machine, Stage
 from workload import arm_at_random
 
 import unlost.delivery.relay as relay_module
+import unlost.delivery.settle as settle_module
 import unlost.delivery.worker as worker_module
 import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
@@ -134,6 +135,7 @@ def _soon(original: Callable[..., Fate]) -> Any:
 
 def run_child(job: Job) -> None:
     hurry()
+    settle_module.LATER_SECONDS = 0.3  # how long the mark of a handled event is there before its position
     rng = random.Random(job.seed)
     journal = Journal(job.folder / "evidence", f"{job.name}-{job.life:04d}")
     probe = arm_at_random(journal, rng, POINTS, RARE) if job.armed else None

@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ import psycopg
 from evidence import Journal
 from pg_checker import Counters, Effect, Found, Logged, Ordered, check
 
+from unlost.__main__ import main
 from unlost.sqlite.schema import POSITION_BITS
 from unlost.store.postgres import migrate
 from unlost.store.postgres.settings import parse
@@ -53,6 +53,7 @@ _context.set_forkserver_preload(
         "apsw",
         "psycopg_pool",
         "unlost",
+        "unlost.cli.look",
         "unlost.demo.shop",
         "unlost.store.postgres.store",
         "unlost.testing.sabotage",
@@ -112,6 +113,12 @@ def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Seque
     plant(os.environ.get(sabotage.VARIABLE, ""))
     work(*args)
     sys.stderr.flush()
+
+
+def _command(*words: str) -> None:
+    """What somebody types after `unlost`."""
+    sys.argv = ["unlost", *words]
+    sys.exit(main())
 
 
 def plant(bugs: str) -> None:
@@ -290,14 +297,12 @@ class Stage:
         return [*check(expected, found, services, **more), *self.audit()]
 
     def audit(self) -> list[str]:
-        """`unlost audit --json`, as anybody would run it."""
-        env = os.environ | {"UNLOST_BROKER": self.machine().broker, "UNLOST_STORE": self.dsn}
-        done = subprocess.run(
-            [sys.executable, "-m", "unlost", "audit", "--json"], env=env, capture_output=True, text=True, timeout=120
-        )  # fmt: skip
-        if done.returncode == 0:
-            return []
-        return [f"audit: exit {done.returncode}: {done.stdout[-3000:]}{done.stderr[-1500:]}"]
+        """`unlost audit --json`, as anybody would run it, in a process of its own."""
+        said = self.folder / "audit.json"
+        said.unlink(missing_ok=True)
+        env = {"UNLOST_BROKER": self.machine().broker, "UNLOST_STORE": self.dsn, sabotage.VARIABLE: ""}
+        code = Child("audit", said, env, _command, ("audit", "--json")).wait(120)
+        return [f"audit: exit {code}: {said.read_text()[-4000:]}"] if code else []
 
 
 @contextlib.contextmanager

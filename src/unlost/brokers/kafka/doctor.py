@@ -59,7 +59,7 @@ class KafkaDoctor:
         """There is nothing to give back."""
 
     def open(self) -> str:
-        self._cluster.connect()
+        self._told = self._cluster.connect()
         return identity_of(self._cluster)
 
     def examine(self, ours: Ours) -> Examination:
@@ -90,7 +90,9 @@ class KafkaDoctor:
         if any(reach.problem for reach in reached.values()):
             self._seconds = HOPELESS_SECONDS
         prefix = self._settings.prefix
-        everything = (name for name in self._cluster.names() if name != prefix + LEDGER)  # that is compacted on purpose
+        everything = (
+            name for name in self._cluster.names(self._told) if name != prefix + LEDGER
+        )  # compacted on purpose
         names = list(everything) if ours.topics is None else [prefix + t for t in ours.topics]
         topics = self._topics(names)
         offsets = self._topics([OFFSETS]).get(OFFSETS)
@@ -125,8 +127,7 @@ class KafkaDoctor:
             ).result(),
         )
         if told is None:
-            known = self._admin.list_topics(timeout=self._seconds).brokers.values()
-            return [Node(b.id, b.host or "", b.port, "") for b in known], None
+            return [Node(b.id, b.host or "", b.port, "") for b in self._told.brokers.values()], None
         nodes = sorted(Node(n.id, n.host, n.port, n.rack or "") for n in told.nodes)
         return nodes, _rights(told.authorized_operations)
 

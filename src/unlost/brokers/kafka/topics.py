@@ -21,7 +21,7 @@ from confluent_kafka import (
     TopicCollection,
     TopicPartition,
 )
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec, ResourceType
+from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, NewTopic, OffsetSpec, ResourceType
 
 from unlost.brokers.kafka.refusals import sorted_error
 from unlost.brokers.kafka.settings import CONNECT_SECONDS, MESSAGE_BYTES_MAX, Settings
@@ -114,8 +114,8 @@ class Cluster:
         self._admin.poll(0)  # what waits for this client: a login that needs a new token, or errors
         return self._admin
 
-    def connect(self, seconds: float = CONNECT_SECONDS) -> None:
-        """Finds the cluster.
+    def connect(self, seconds: float = CONNECT_SECONDS) -> ClusterMetadata:
+        """Finds the cluster; returns what it told then.
 
         Raises:
             Unavailable: nobody answers there, with the reason as far as it is known.
@@ -132,10 +132,11 @@ class Cluster:
                     raise self._unreachable(e) from None
         self.brokers = len(metadata.brokers)
         self.id = metadata.cluster_id or ""
+        return metadata
 
-    def names(self) -> list[str]:
-        """Every topic under our prefix but the cluster's own."""
-        metadata = self._call(lambda: self.admin.list_topics(timeout=ADMIN_SECONDS))
+    def names(self, told: ClusterMetadata | None = None) -> list[str]:
+        """Every topic under our prefix but the cluster's own; as it is now, or was told before."""
+        metadata = told or self._call(lambda: self.admin.list_topics(timeout=ADMIN_SECONDS))
         prefix = self.settings.prefix
         return sorted(n for n in metadata.topics if n.startswith(prefix) and not n.startswith("__"))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -69,7 +69,14 @@ class PostgresOutbox:
         if now - self._looked >= CLAIM_SECONDS:
             self._looked = now
             self._store.relays = True
-            shares = await self._client.commit(self._share)
+            confirmed = dict(self._confirmed)
+            try:
+                shares = await self._client.commit(lambda: self._share(confirmed))
+            except OutcomeUnknown:
+                self._forget()
+                raise
+            for number in confirmed:
+                self._confirmed.pop(number, None)
             for shard in list(self._epochs):
                 if shares.get(shard) != self._epochs[shard]:
                     self._lose(shard)
@@ -80,8 +87,9 @@ class PostgresOutbox:
         self._store.sends_copies = 0 in self._epochs
         return bool(self._epochs)
 
-    def _share(self) -> Steps[dict[int, int]]:
-        """One step towards everybody's fair share, in one commit; returns the shards of this relay with their epochs."""
+    def _share(self, confirmed: Mapping[int, int]) -> Steps[dict[int, int]]:
+        """One step towards everybody's fair share, in one commit; returns the shards of this relay with their epochs. What
+        is confirmed goes with it, so that under load, too, a part can be given up with nothing of it in hands."""
         me, lock = self._store.process_id, self._client.settings.lock_class
         yield "update unlost_process set relays = true where id = ? and not relays", (me,)
         rows = yield (
@@ -96,7 +104,10 @@ class PostgresOutbox:
         share = -(-SHARDS // (others + 1))
         mine = {shard: epoch for shard, process, epoch, _ in rows if process == me}
         free = [shard for shard, process, _, lives in rows if process is None or not lives]
-        busy = {shard for _, shard, _ in self._hands.values()} | set(self._confirmed.values())
+        still_mine = [n for n, shard in confirmed.items() if shard in mine and mine[shard] == self._epochs.get(shard)]
+        if still_mine:
+            yield from _confirm(still_mine)
+        busy = {shard for _, shard, _ in self._hands.values()}
         idle = [shard for shard in mine if shard not in busy]
         for shard in idle[: max(0, len(mine) - share)]:
             yield "update unlost_relay set process = null where shard = ? and process = ?", (shard, me)
