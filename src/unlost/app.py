@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -364,13 +365,17 @@ class App:
         """
         return Outbox(connection, self._door, source=self.name, now=self.world.now)
 
+    @cached_property
+    def _store_setting(self) -> str:
+        return config.setting("store", code=self.store_url).value
+
     def _door(self, session: AnySession, path: str) -> Place:
         """The outbox of a session's database."""
         if session.dialect == "sqlite":
             known = {str(sqlite_path(url)): url for url in self.outboxes if not is_postgres(url)}
             url = known.get(str(Path(path).resolve())) if path else None
         else:
-            store = config.setting("store", code=self.store_url).value
+            store = self._store_setting
             url = next((u for u in (store, *self.outboxes) if is_postgres(u)), None)
         if url is None:
             found = path or "a database in memory"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from servers.wire import last_turns, reset, stop_listening
 
 QUEUED_MAX = 1_000
 """Requests of one connection that may wait for their delay."""
@@ -123,6 +124,7 @@ class Proxy:
         if self._loop.is_closed():
             return
         self._each(None, _Route.close)
+        asyncio.run_coroutine_threadsafe(last_turns(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -166,9 +168,9 @@ class _Route:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=1 << 20)
 
     async def close(self) -> None:
-        if self._server:
-            self._server.close()
-            self._server = None
+        server, self._server = self._server, None
+        if server:
+            await stop_listening(server)
         await self._reset_all()
 
     async def _reset_all(self) -> None:
@@ -180,7 +182,7 @@ class _Route:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._server is None:  # it came in while the door was being closed
-            _reset(writer)
+            reset(writer)
             return
         task = asyncio.current_task()
         assert task is not None
@@ -188,7 +190,7 @@ class _Route:
         try:
             await self._link(reader, writer)
         except asyncio.CancelledError:
-            _reset(writer)  # by _reset_all, which waits for the end of this task
+            reset(writer)  # by _reset_all, which waits for the end of this task
         finally:
             del self._links[task]
 
@@ -200,7 +202,7 @@ class _Route:
         try:
             there, back = await asyncio.open_connection("127.0.0.1", self.target, limit=1 << 20)
         except OSError:
-            _reset(writer)  # the broker does not listen
+            reset(writer)  # the broker does not listen
             return
         link = _Link(self, reader, writer, there, back)
         with contextlib.closing(writer), contextlib.closing(back):  # also if a reset comes while they are being ended
@@ -213,7 +215,7 @@ class _Route:
                 link.give_back()
                 ends = await asyncio.gather(*tasks, return_exceptions=True)
                 if any(isinstance(end, _Cut) for end in ends):
-                    _reset(writer)
+                    reset(writer)
 
 
 class _Link:
@@ -285,11 +287,3 @@ async def _frame(reader: asyncio.StreamReader) -> bytes:
     """One message with its length before it."""
     head = await reader.readexactly(4)
     return head + await reader.readexactly(int.from_bytes(head, "big"))
-
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """End a connection with RST instead of FIN."""
-    raw = writer.get_extra_info("socket")
-    if raw is not None and raw.fileno() >= 0:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()

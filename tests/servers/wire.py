@@ -79,7 +79,7 @@ class Wire:
             return
         self.refuse()
         self.cut()
-        self._do(self._end())
+        self._do(last_turns())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -101,28 +101,21 @@ class Wire:
             self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     async def _close_door(self) -> None:
-        if self._server:
-            self._server.close()
-            self._server = None
+        server, self._server = self._server, None
+        if server:
+            await stop_listening(server)
 
     async def _cut(self) -> None:
         tasks = list(self._links)
         for task in tasks:
             for writer in self._links[task]:
-                _reset(writer)
+                reset(writer)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _end(self) -> None:
-        """What came in while the door was being closed is reset, and every transport gets its turn to close."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        await asyncio.gather(*others, return_exceptions=True)
-        for _ in range(3):
-            await asyncio.sleep(0)
-
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._server is None:  # it came in while the door was being closed
-            _reset(writer)
+            reset(writer)
             return
         task = asyncio.current_task()
         assert task is not None
@@ -145,7 +138,24 @@ class Wire:
             back.close()
         except* OSError:  # the server does not listen, or one side has reset the connection
             for end in self._links[task]:
-                _reset(end)
+                reset(end)
+
+
+async def stop_listening(server: asyncio.Server) -> None:
+    """Connections that it has just accepted come in first: asyncio would forget to close them otherwise."""
+    loop = asyncio.get_running_loop()
+    for listening in server.sockets:
+        loop.remove_reader(listening.fileno())
+    await asyncio.sleep(0)
+    server.close()
+
+
+async def last_turns() -> None:
+    """Of a loop whose doors are closed: what came in meanwhile is reset, and every transport gets its turn to close."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, gate: asyncio.Event) -> None:
@@ -158,7 +168,7 @@ async def _copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter, gate: 
     sink.write_eof()
 
 
-def _reset(writer: asyncio.StreamWriter) -> None:
+def reset(writer: asyncio.StreamWriter) -> None:
     """End a connection with RST instead of FIN."""
     raw = writer.get_extra_info("socket")
     if raw is not None and raw.fileno() >= 0:

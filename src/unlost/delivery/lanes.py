@@ -36,6 +36,7 @@ class Delivery(msgspec.Struct, eq=False):
     waited: bool
     suspect: bool
     seen: Known | None = None  # an event of the same id in the inbox
+    looked: bool = True  # `seen` is fresh enough for a first attempt
 
     @property
     def position(self) -> int:

@@ -173,6 +173,8 @@ class Worker:
             error = failed
         elif error is not None and ctx is not None and ctx.transaction_used is not None:
             error = ctx.transaction_used.meaning(error)
+        if error is not None and d.looked and ctx is not None and ctx.transaction_used is not None:
+            error = await self._look_again(d, error)
         if isinstance(error, AlreadyHandled):
             fate = _repeated(self._inbox(d), error.known, d)
         if isinstance(error, Misconfigured):
@@ -373,6 +375,18 @@ class Worker:
 
     def _with_attempt(self, d: Delivery, error: BaseException) -> list[Attempt]:
         return [*d.attempts, Attempt(len(d.attempts) + 1, self.world.now(), describe(error))]
+
+    async def _look_again(self, d: Delivery, error: BaseException) -> BaseException:
+        """Its transaction began without a look at the inbox: did it fail because the event was handled meanwhile?"""
+        d.looked = False
+        if d.handler.guarantee != "effectively-once" or isinstance(error, Misconfigured | Fenced):
+            return error
+        inbox = self._inbox(d)
+        with contextlib.suppress(Unavailable):  # the next attempt will ask
+            known = (await self._store.seen(self.service.name, [inbox])).get((inbox.source, inbox.id))
+            if known is not None:
+                return AlreadyHandled(known)
+        return error
 
     def _inbox(self, d: Delivery) -> Inbox:
         e = d.arrival.envelope
@@ -1236,13 +1250,13 @@ class _DeliveryUnit:
         return self._worker._store.sync_block(session)
 
     async def begin(self, block: Block) -> None:
-        known = await block.begin(*self._entry())
+        known = await block.begin(*self._entry(), self._d.looked)
         if known is not None:
             await block.abort()
             raise AlreadyHandled(known)
 
     def begin_sync(self, block: SyncBlock) -> None:
-        known = block.begin(*self._entry())
+        known = block.begin(*self._entry(), self._d.looked)
         if known is not None:
             block.abort()
             raise AlreadyHandled(known)

@@ -211,8 +211,11 @@ class Block(Protocol):
 
     settles: bool  # the commit holds the position as well; else the outcome is still to be settled
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         """Returns when the transaction is open: what the inbox knows of the event, None if it is new.
+
+        `looked`: the inbox was asked when the event came in, and need not be asked again. Whatever has changed since then is
+        found by `finish`, which lets only one of two come through.
 
         Raises:
             Fenced: another process owns the unit.
@@ -240,7 +243,7 @@ class SyncBlock(Protocol):
 
     settles: bool
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None: ...
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None: ...
 
     def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]: ...
 

@@ -51,7 +51,7 @@ class SessionBlock:
     async def _execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
         return await self._session.execute(self._rules.text(sql), bindings)
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         with _told(self._session, self._rules):
             if not await self._session.begin():
                 raise _open_already()
@@ -132,7 +132,7 @@ class SyncSessionBlock:
     def _execute(self, sql: str, bindings: Sequence[Any] = ()) -> Rows:
         return self._session.execute(self._rules.text(sql), bindings)
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         with _told(self._session, self._rules):
             if not self._session.begin():
                 raise _open_already()

@@ -351,7 +351,7 @@ class FileBlock:
         self._committed: asyncio.Future[None] = loop.create_future()
         self._block = turn.Block(_teller(loop, self._opened), _teller(loop, self._committed), deadline_seconds)
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         self._store.file.submit_block(self._block)
         try:
             await self._opened
@@ -409,7 +409,7 @@ class SyncFileBlock:
         self._failed = error
         self._committed.set()
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         self._store.file.submit_block(self._block)
         self._opened.wait()
         if self._refused is not None:

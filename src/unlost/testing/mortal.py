@@ -358,8 +358,8 @@ class _MortalBlock:
         self.is_transient = real.is_transient
         self.settles = real.settles
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
-        began = await self._real.begin(unit, epoch, inbox)
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
+        began = await self._real.begin(unit, epoch, inbox, looked)
         if self._process.dead:
             await self._real.abort()
         self._process.check()
@@ -389,8 +389,8 @@ class _MortalSyncBlock:
         self.is_transient = real.is_transient
         self.settles = real.settles
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
-        began = self._real.begin(unit, epoch, inbox)
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
+        began = self._real.begin(unit, epoch, inbox, looked)
         if self._process.dead:
             self._real.abort()
         self._process.check()

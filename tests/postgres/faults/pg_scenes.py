@@ -1211,6 +1211,7 @@ def server_is_away(scene: Scene) -> set[str]:
     everybody = (*PAIR, "invoice", "settlement", "stock")
     children = [scene.life(name, services=everybody)[0] for name in ("one", "two")]
     scene.place(orders[::4] + orders[1::4])
+    scene.started(2)
     scene.soon(lambda: len(scene.effects()) > 5)
     scene.postgres.immediate_stop()
     time.sleep(5.0)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, Connection
+from psycopg import AsyncConnection, AsyncCursor, Connection
 from psycopg.errors import DivisionByZero
 
 from unlost.errors import Misconfigured, StatementFailed, Unavailable, UsageError
 from unlost.events.topic import Unit
 from unlost.store.port import Inbox, Known, Settlement
 from unlost.store.postgres import rows
-from unlost.store.postgres.client import BEGIN, SESSION, Client, Executor, call, told
+from unlost.store.postgres.client import BEGIN, SESSION, Client, Executor, call, rows_of, told
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
 from unlost.store.session_blocks import handled_meanwhile
@@ -82,21 +82,26 @@ class LentBlock:
         self._deadline = deadline_seconds
         self._lent = contextlib.AsyncExitStack()
         self._connection: AsyncConnection[Any] | None = None
+        self._cursor: AsyncCursor[Any]
         self._lock = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._expiring: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._late = False
 
-    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    async def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         with told(self._client.settings):
             connection = await self._lent.enter_async_context(self._client.lent.connection())
-        self._connection = connection
+        self._connection, self._cursor = connection, connection.cursor()
+        known: Known | None = None
         try:
             with told(self._client.settings):
-                known = await run_async(
-                    rows.enter(unit, epoch, inbox), Executor(connection, self._client.schema, BEGIN)
-                )
+                if looked:
+                    await self._cursor.execute(BEGIN)
+                else:
+                    known = await run_async(
+                        rows.enter(unit, epoch, inbox), Executor(connection, self._client.schema, BEGIN)
+                    )
         except BaseException:
             await self.abort()
             raise
@@ -118,10 +123,10 @@ class LentBlock:
     async def execute(self, sql: str, bindings: Any = ()) -> list[tuple[Any, ...]]:
         _check_statement(sql)
         async with self._lock:
-            connection = self._open()
+            self._open()
             try:
-                cursor = await connection.execute(*call(sql, bindings))
-                return await cursor.fetchall() if cursor.description is not None else []
+                await self._cursor.execute(*call(sql, bindings))
+                return await rows_of(self._cursor)
             except (psycopg.Error, OSError) as e:
                 raise _failed(e, sql, self._client.settings) from e
 
@@ -138,8 +143,8 @@ class LentBlock:
                 text, bindings = rows.finish_or_fail(settlement)
                 with told(self._client.settings):
                     async with connection.pipeline():  # one trip for both; where the first fails, nothing is committed
-                        await connection.execute(*call(in_schema(text, self._client.schema), bindings))
-                        await connection.execute("commit")
+                        await self._cursor.execute(*call(in_schema(text, self._client.schema), bindings))
+                        await self._cursor.execute("commit")
         except BaseException as e:
             await self.abort()
             if isinstance(e.__cause__, DivisionByZero):
@@ -204,13 +209,13 @@ class SyncLentBlock:
         self._ended = threading.Event()
         self._error: BaseException | None = None
 
-    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None) -> Known | None:
+    def begin(self, unit: Unit, epoch: int, inbox: Inbox | None, looked: bool = False) -> Known | None:
         with told(self._settings):
             connection = self._connection = _connections.take(self._settings)
         try:
             with told(self._settings):
                 connection.execute(BEGIN)
-                return run(rows.enter(unit, epoch, inbox), self._execute)
+                return None if looked else run(rows.enter(unit, epoch, inbox), self._execute)
         except BaseException:
             self.abort()
             raise

@@ -195,7 +195,13 @@ class Executor:
                     await cursor.execute(*ours)
         if not (to_come and self._together):
             await cursor.execute(*ours)
-        return await cursor.fetchall() if cursor.description is not None else []
+        return await rows_of(cursor)
+
+
+async def rows_of(cursor: AsyncCursor[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The rows of a statement, none if it has none. (`cursor.description` would say the same, and takes longer.)"""
+    result = cursor.pgresult
+    return await cursor.fetchall() if result is not None and result.nfields else []
 
 
 # It changes when a server recovers from a crash, and when another one takes its place: statistics do not survive that.

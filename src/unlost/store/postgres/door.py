@@ -29,7 +29,7 @@ from unlost.world import REAL
 log = logging.getLogger("unlost.outbox")
 
 LOOK_SECONDS = 0.0005  # when it is looked whether a transaction has ended; then less and less often
-SELDOM_SECONDS = 0.05
+SELDOM_SECONDS = 0.005
 CALL_SECONDS = 0.005  # from one call to the next, for those that come together are one
 CALLING = 0.2  # no more of the time is spent on calls
 OPEN_MAX = 32  # transactions that are looked at; a busy connection is in its next one whenever it is
@@ -51,7 +51,7 @@ class PostgresDoor:
         self._pid = os.getpid()
         self._lock = threading.Lock()  # of the thread and what it looks at: held for no longer than that takes
         self._talking = threading.Lock()  # of the connection
-        self._bell = threading.Event()
+        self._bell = threading.Event()  # there is something to look at
         self._store_id = ""
         self._open: deque[tuple[AnySession, float]] = deque()
         self._thread: threading.Thread | None = None
@@ -100,7 +100,9 @@ class PostgresDoor:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._call, name="unlost-outbox", daemon=True)
                 self._thread.start()
-        self._bell.set()
+            first = len(self._open) == 1
+        if first:
+            self._bell.set()
 
     def _call(self) -> None:
         """Looks at the transactions that hold events, and calls when some of them have ended."""
@@ -113,10 +115,7 @@ class PostgresDoor:
                     return
             wait = LOOK_SECONDS
             while self._open:
-                if self._bell.wait(wait):  # there is a new one
-                    self._bell.clear()
-                    wait = LOOK_SECONDS
-                    REAL.pause(wait)
+                REAL.pause(wait)
                 wait = min(wait * 1.5, SELDOM_SECONDS)
                 if self._has_ended():
                     began = REAL.monotonic()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CLAIM_SECONDS = 1.0  # how often the other relays are looked at
 POLL_SECONDS = 0.2
-GATHER_SECONDS = 0.01  # where events come faster than they are sent one by one, so long some are gathered
+GATHER_SECONDS = 0.02  # where events come faster than they are sent one by one, so long some are gathered
 GATHER_BELOW = 100  # a batch that was larger is worth its commit
 HUNG_SECONDS = 15  # a relay that gives no sign of life for so long is replaced
 LIVES = (
@@ -85,6 +85,7 @@ class PostgresOutbox:
                     await self._take_up(shard)
                     self._epochs[shard] = epoch
         self._store.sends_copies = 0 in self._epochs
+        self._store.sends_all = len(self._epochs) == SHARDS
         return bool(self._epochs)
 
     def _share(self, confirmed: Mapping[int, int]) -> Steps[dict[int, int]]:
@@ -232,7 +233,7 @@ class PostgresOutbox:
     async def give(self) -> None:
         """Confirms what is known, and lets others have the rest."""
         confirmed, me = list(self._confirmed), self._store.process_id
-        self._store.relays = False
+        self._store.relays = self._store.sends_all = False
 
         def steps() -> Steps[None]:
             if confirmed and self._epochs:

@@ -93,6 +93,7 @@ class PostgresStore:
         self.number = 0  # of this process: its advisory lock
         self.relays = False
         self.sends_copies = False
+        self.sends_all = False
         self.own: dict[str, OwnPlace] = {}
         self._broker = broker
         self._mirror = mirror
@@ -330,8 +331,11 @@ class PostgresStore:
         return PostgresCopies(self.client, self)
 
     def wake(self) -> None:
-        """Tells the relays of all machines that there is something to send; calls that come together are one."""
-        if self._waking is None or self._waking.done():
+        """Tells the relays that there is something to send: by a call to all machines, unless it is for nobody but us.
+        Calls that come together are one."""
+        if self.sends_all:
+            self._listener.ring()
+        elif self._waking is None or self._waking.done():
             self._waking = asyncio.create_task(self._notify())
 
     def _wake_from_thread(self) -> None:

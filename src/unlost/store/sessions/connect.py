@@ -5,6 +5,8 @@ No library is imported that the program has not imported itself: a connection is
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 from unlost.errors import Misconfigured
@@ -42,7 +44,8 @@ def of(connection: object) -> SyncSession | AsyncSession:
         Misconfigured: it is none of what is supported, or belongs to several databases.
     """
     found: Any = connection
-    names = _names(found)
+    kinds: set[type] = {type(connection), connection.__class__}  # a proxy claims to be something else as well
+    names = {name for kind in kinds for name in _names(kind)}
     if "psycopg.Connection" in names:
         from unlost.store.sessions.with_psycopg import Psycopg
 
@@ -80,10 +83,10 @@ def of(connection: object) -> SyncSession | AsyncSession:
     )  # fmt: skip
 
 
-def _names(found: object) -> set[str]:
-    """The names of its classes; those that a proxy claims to be as well."""
-    classes = [*type(found).__mro__, *getattr(found.__class__, "__mro__", ())]
-    return {f"{cls.__module__}.{cls.__qualname__}" for cls in classes}
+@lru_cache(maxsize=100)
+def _names(kind: type) -> frozenset[str]:
+    """The names of a class and of what it is derived from."""
+    return frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in getattr(kind, "__mro__", ()))
 
 
 def _described(found: object) -> str:
@@ -94,7 +97,7 @@ def _described(found: object) -> str:
     return f"{type(found).__module__}.{type(found).__qualname__}"
 
 
-def _way_out(found: object, names: set[str]) -> str:
+def _way_out(found: object, names: Collection[str]) -> str:
     for beginning, way in _WAYS_OUT:
         if any(name.startswith(beginning) for name in names):
             return way

@@ -11,6 +11,7 @@ from typing import Any
 
 # libpq's PGTransactionStatusType, which psycopg and psycopg2 pass on
 _ACTIVE, _OPEN, _FAILED = 1, 2, 3
+IN_TRANSACTION = (_ACTIVE, _OPEN, _FAILED)
 
 _SQLITE_BUSY, _SQLITE_LOCKED = 5, 6
 _SQLITE_LEGACY = -1  # sqlite3.LEGACY_TRANSACTION_CONTROL, from Python 3.12 on; before, the only way
@@ -37,7 +38,7 @@ def is_open(raw: Any) -> bool:
     try:
         if hasattr(raw, "in_transaction"):
             return bool(raw.in_transaction)
-        return raw.info.transaction_status in (_ACTIVE, _OPEN, _FAILED)
+        return raw.info.transaction_status in IN_TRANSACTION
     except Exception:  # the connection is closed
         return False
 

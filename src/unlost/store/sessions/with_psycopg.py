@@ -29,21 +29,21 @@ class _Psycopg:
 
     @property
     def in_transaction(self) -> bool:
-        return raw.is_open(self._connection)
+        return self._status in raw.IN_TRANSACTION
 
     @property
     def autocommits(self) -> bool:
-        return bool(self._connection.autocommit and self._status is TransactionStatus.IDLE)
+        return bool(self._connection.autocommit and self._status == TransactionStatus.IDLE)
 
     is_transient = staticmethod(raw.is_transient)
 
     @property
-    def _status(self) -> TransactionStatus:
-        return TransactionStatus(self._connection.info.transaction_status)
+    def _status(self) -> int:
+        return int(self._connection.pgconn.transaction_status)
 
     def _pipeline(self) -> Any:
         """In pipeline mode: a part of it, which begins when all results are there and ends when ours are."""
-        return self._connection.pipeline() if self._connection.info.pipeline_status else nullcontext()
+        return self._connection.pipeline() if self._connection.pgconn.pipeline_status else nullcontext()
 
 
 class Psycopg(_Psycopg):
@@ -126,13 +126,13 @@ def _for_percent(sql: str, bindings: Sequence[Any]) -> tuple[Any, ...]:
     return (with_percent(sql), bindings) if bindings else (sql,)
 
 
-def _check_open(session: Psycopg | AsyncPsycopg, status: TransactionStatus) -> None:
+def _check_open(session: Psycopg | AsyncPsycopg, status: int) -> None:
     """psycopg's block ends without a word when the transaction has failed or the connection is gone."""
-    if status is TransactionStatus.INERROR:
+    if status == TransactionStatus.INERROR:
         raise refuse.failed(session)
-    if status is TransactionStatus.UNKNOWN:
+    if status == TransactionStatus.UNKNOWN:
         raise psycopg.OperationalError("the connection was lost before the commit")
-    if status is TransactionStatus.IDLE:
+    if status == TransactionStatus.IDLE:
         raise refuse.ended(session)
 
 
