@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from unlost.delivery.service import Service
 from unlost.delivery.suspicion import Suspicion
 from unlost.delivery.worker import Probe, Worker
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
-from unlost.events import Envelope, Event, check_name, seal
+from unlost.events import Command, Envelope, Event, check_name, seal
 from unlost.events.topic import Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
@@ -36,6 +36,7 @@ from unlost.store.connect import is_postgres, place_of, postgres, sqlite_path, s
 from unlost.store.own_sqlite import OwnSqlite, OwnSqliteOutbox
 from unlost.store.port import Outbox as SomeOutbox
 from unlost.store.port import Store
+from unlost.store.queues import two_for_one
 from unlost.store.sessions.port import AnySession
 from unlost.world import REAL, Deadlines, World
 
@@ -103,6 +104,8 @@ class App:
             raise UsageError("UL1232", f"survives is one of: {', '.join(SURVIVES_ORDER)}", found=repr(survives))
         self.services = services
         self.name = check_name("source", name)
+        self._check_queues_of(services)
+        self._queues: set[str] = set()  # that a service is known for
         self.topics = {topic.name: topic for topic in topics}
         self.world = world
         self.probe = probe
@@ -136,6 +139,23 @@ class App:
         self._deadlines = Deadlines()
         self._workers: list[Worker] = []
         self._stop: asyncio.Event | None = None
+
+    @staticmethod
+    def _check_queues_of(services: Sequence[Service]) -> None:
+        queues: dict[str, str] = {}
+        for service in services:
+            for queue in sorted(service.queues):
+                if queue in queues:
+                    raise two_for_one(queue, queues[queue], service.name)
+                queues[queue] = service.name
+        for service in services:
+            for topic in sorted(service.topics - service.queues):
+                if topic in queues:
+                    raise UsageError(
+                        "UL1226", f"{topic!r} is a queue of commands, which are for one service",
+                        found=f"{service.name} has a handler for events of a topic of that name",
+                        fix="give the events another topic, or the commands another queue",
+                    )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"App({', '.join(service.name for service in self.services)})"
@@ -207,6 +227,8 @@ class App:
                     t for t in sorted(service.topics) if t in self.topics and self.topics[t].retention is not None
                 ]
                 policy = {"on_dead": service.on_dead, "topics": len(service.topics), "retained": retained}
+                if service.queues:
+                    policy["queues"] = sorted(service.queues)
                 await store.register(service.name, policy, [infos[t] for t in sorted(service.topics)])
             if self._schema:
                 await store.prepare(self._schema)
@@ -295,8 +317,58 @@ class App:
             OutcomeUnknown: the deadline passed, or the call was cancelled.
             UsageError: the event cannot be published; it never will be.
         """
-        envelope = seal(event, source=self.name, id=id, occurred_at=occurred_at, headers=headers, now=self.world.now())
+        envelope = seal(
+            event,
+            source=self.name,
+            id=id,
+            occurred_at=occurred_at,
+            headers=headers,
+            command=False,
+            now=self.world.now(),
+        )
         return (await self._accept([envelope], deadline))[0]
+
+    async def send(
+        self,
+        command: Command,
+        *,
+        id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline: float | timedelta = PUBLISH_SECONDS,
+    ) -> Receipt:
+        """Sends a command to the one service that carries it out, and returns when it is durable in its queue.
+
+        It waits there while that service is away. Commands of one key are carried out one after another, in the order in
+        which they were sent; those of a class without a key are one such group.
+
+        **Guarantee** as for `publish`: the receipt proves that it survives what the broker declares.
+        **After a crash** before the return, or after `OutcomeUnknown`, send it again with the same id: an effectively-once
+        handler carries it out once.
+
+        Raises:
+            Unavailable: surely not accepted; retrying is safe.
+            OutcomeUnknown: the deadline passed, or the call was cancelled.
+            UsageError: the command cannot be sent, or no service has ever been there for its queue.
+
+        Example:
+            >>> await app.send(SendReceipt(customer_id="c-7"), id="receipt-A1")  # doctest: +SKIP
+        """
+        envelope = seal(command, source=self.name, id=id, headers=headers, command=True, now=self.world.now())
+        await self.check_queue(envelope.topic)
+        return (await self._accept([envelope], deadline))[0]
+
+    async def check_queue(self, queue: str) -> None:
+        """Where it can be known that nobody has ever carried out the commands of a queue, that is a mistake in a name."""
+        if queue in self._queues or any(queue in service.queues for service in self.services):
+            return
+        if not self.broker.abilities.commits_with_store and not is_postgres(self._store_setting):
+            return  # the store beside this broker is that of this machine: services of others are not in it
+        if await self.store.service_of(queue) is None:
+            raise UsageError(
+                "UL1247", f"no service carries out the commands of the queue {queue!r}", found="nothing was sent",
+                fix="start the service that has a handler for them once; from then on they wait for it while it is away",
+            )  # fmt: skip
+        self._queues.add(queue)
 
     async def publish_all(
         self,
@@ -313,7 +385,8 @@ class App:
             raise UsageError("UL1240", "publish_all takes one id for each event", found=f"{len(ids)} for {len(events)}")
         now = self.world.now()
         sealed = [
-            seal(event, source=self.name, id=None if ids is None else ids[n], now=now) for n, event in enumerate(events)
+            seal(event, source=self.name, id=None if ids is None else ids[n], command=False, now=now)
+            for n, event in enumerate(events)
         ]
         return await self._accept(sealed, deadline)
 
@@ -330,6 +403,22 @@ class App:
 
         Connects by itself if need be, and stays connected until the process ends.
         """
+        return self._blocking(
+            lambda: self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline), "publish"
+        )
+
+    def send_sync(
+        self,
+        command: Command,
+        *,
+        id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadline: float | timedelta = PUBLISH_SECONDS,
+    ) -> Receipt:
+        """The same as `send` for code without an event loop."""
+        return self._blocking(lambda: self.send(command, id=id, headers=headers, deadline=deadline), "send")
+
+    def _blocking(self, call: Callable[[], Coroutine[Any, Any, Receipt]], verb: str) -> Receipt:
         check_outside_block()
         try:
             running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
@@ -337,13 +426,12 @@ class App:
             running = None
         if running is not None:
             raise UsageError(
-                "UL1236", "publish_sync would block this event loop", fix="inside async code: await app.publish(event)"
+                "UL1236", f"{verb}_sync would block this event loop", fix=f"inside async code: await app.{verb}(…)"
             )
         if self._loop is not None and os.getpid() != self._pid:
             raise after_fork()  # the thread that would answer is the parent's
         loop = self._loop or self._own_loop()
-        call = self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline)
-        return asyncio.run_coroutine_threadsafe(call, loop).result()
+        return asyncio.run_coroutine_threadsafe(call(), loop).result()
 
     def outbox(self, connection: object) -> Outbox:
         """Events in a transaction of yours, outside of handlers: a web request, a script.
@@ -365,9 +453,13 @@ class App:
         """
         return Outbox(connection, self._door, source=self.name, now=self.world.now)
 
-    @cached_property
+    @property
     def _store_setting(self) -> str:
-        return config.setting("store", code=self.store_url).value
+        return self._store_from_outside if self.store_url is None else self.store_url
+
+    @cached_property
+    def _store_from_outside(self) -> str:
+        return config.setting("store").value
 
     def _door(self, session: AnySession, path: str) -> Place:
         """The outbox of a session's database."""

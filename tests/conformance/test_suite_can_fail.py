@@ -20,6 +20,7 @@ from unlost.events import Envelope
 from unlost.sqlite import transaction as transaction_module
 from unlost.sqlite.process import Remains
 from unlost.sqlite.turn import Guard, Turn
+from unlost.store import queues as queues_module
 from unlost.store import sqlite as store_module
 from unlost.store.port import Settlement
 from unlost.store.progress import Progress
@@ -171,6 +172,10 @@ def users_may_touch_the_books(patch: Patch) -> None:
     patch.setattr(Guard, "__call__", lambda self, *a: 0)
 
 
+def queues_are_for_everybody(patch: Patch) -> None:
+    patch.setattr(queues_module, "claim", lambda service, queues: iter(()))
+
+
 BROKER_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (keys_lose_zero_bytes, "keys_of_any_bytes"),
     (headers_get_lost, "every_field_round_trips"),
@@ -198,6 +203,7 @@ STORE_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (nobody_is_suspected, "suspects_after_kill_9"),
     (an_aborted_block_stays, "a_block_that_ends_badly_leaves_nothing"),
     (users_may_touch_the_books, "a_block_cannot_touch_the_books"),
+    (queues_are_for_everybody, "one_service_for_a_queue"),
 ]
 
 

@@ -40,7 +40,7 @@ import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
 import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
-from unlost import App, Context, Event, OutcomeUnknown, Reject, Retry, RetryLater, Service, Topic, Unavailable
+from unlost import App, Command, Context, Event, OutcomeUnknown, Reject, Retry, RetryLater, Service, Topic, Unavailable
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.delivery.settle import Settler
 from unlost.delivery.worker import Worker
@@ -56,7 +56,7 @@ from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 
 PARTITIONS = 4
-TOPICS = [Topic(name, partitions=PARTITIONS) for name in ("main", "echo", "relay", "book")]
+TOPICS = [Topic(name, partitions=PARTITIONS) for name in ("main", "echo", "relay", "book", "carry", "press")]
 HUNG_SECONDS = 2.0  # in this proof a process counts as hung much earlier, so that zombies are made in seconds
 SCHEMA = """
 create table if not exists effect (
@@ -88,6 +88,22 @@ class Relayed(Event, topic="relay", key="account"):
 
 
 class Booked(Event, topic="book", key="account"):
+    account: str
+    uid: str
+    value: int
+
+
+class Carry(Command, queue="carry", key="account"):
+    """For one service, in order per account."""
+
+    account: str
+    uid: str
+    value: int
+
+
+class Press(Command, queue="press"):
+    """For one service, first in, first out."""
+
     account: str
     uid: str
     value: int
@@ -133,6 +149,8 @@ CONTRACTS = [
     _contract("sink-echo", once=True),
     _contract("sink-relay", once=True),
     _contract("sink-book", once=True),
+    _contract("carrier", once=True),
+    Contract(service="press", expects=lambda uid: "nothing" if value_of(uid) % 4 else "done"),
 ]
 
 
@@ -152,6 +170,8 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
     strict = Service("strict", guarantee="effectively-once", retry=mixed)
     loose = Service("loose", on_dead="skip", retry=quick)
     sink = Service("sink", guarantee="effectively-once", retry=quick)
+    carrier = Service("carrier", guarantee="effectively-once", retry=quick)
+    press = Service("press", retry=quick)
 
     def stumble(chance: float) -> None:
         if rng.random() < chance:
@@ -187,6 +207,7 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
         async with ctx.transaction() as db:
             await effect(db, "ledger", event)
             ctx.publish(Booked(account=event.account, uid=event.uid, value=event.value))
+            ctx.send(Carry(account=event.account, uid=event.uid, value=event.value))
             stumble(0.01)
 
     @thread.on(Ordered)
@@ -197,6 +218,8 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
                 "insert into effect (service, uid, account, value) values (?, ?, ?, ?)",
                 ("thread", event.uid, event.account, event.value),
             )
+            if event.value % 4 == 0:
+                ctx.send(Press(account=event.account, uid=event.uid, value=event.value))
 
     @relay.on(Ordered)
     async def pass_on(event: Ordered, ctx: Context) -> None:
@@ -236,7 +259,17 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
         async with ctx.transaction() as db:
             await effect(db, name, event)
 
-    return [plain, ledger, thread, relay, flaky, strict, loose, sink]
+    @carrier.on(Carry)
+    async def carry(command: Carry, ctx: Context) -> None:
+        async with ctx.transaction() as db:
+            await effect(db, "carrier", command)
+
+    @press.on(Press)
+    async def print_it(command: Press) -> None:
+        stumble(0.02)
+        done("press", command)
+
+    return [plain, ledger, thread, relay, flaky, strict, loose, sink, carrier, press]
 
 
 # --- crash points ------------------------------------------------------------------------------------------------

@@ -45,3 +45,27 @@ def test_every_file_that_the_readme_links_to_exists() -> None:
     local = [link for link in links if not link.startswith("http")]
     assert local
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_the_program_about_commands_works_as_written(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    (tmp_path / "hello.py").write_text(re.findall(r"```python\n(.*?)```", text, re.S)[0])
+    (tmp_path / "pyproject.toml").write_text("")
+    by_hand = re.findall(r"`unlost (publish SendReceipt [^`]*)`", text)[0].split()
+    for words in (["publish", "OrderPaid", "order_id=A0", "customer_id=c7"], by_hand):
+        done = subprocess.run(
+            [sys.executable, "-m", "unlost", *words, "--app", "hello"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "unlost", "run", "hello"], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        lines = {process.stdout.readline().strip() for _ in range(2)}
+        assert lines == {"receipt for A0 to c7", "receipt for A1 to c7"}
+    finally:
+        process.terminate()
+        process.stdout.close()  # type: ignore[union-attr]
+        assert process.wait(30) == 0

@@ -18,7 +18,7 @@ from unlost.cli.say import clean, clean_lines, nobody_reads, note, out, print_js
 from unlost.errors import PartlyPublished, UnlostError, UsageError
 from unlost.events import Envelope, Event, seal
 from unlost.ops.load import load
-from unlost.ops.publish import LINE_BYTES_MAX, build, find_class, read_line, split_fields
+from unlost.ops.publish import LINE_BYTES_MAX, build, event_classes, find_class, read_line, split_fields
 from unlost.ops.tail import moment
 from unlost.world import REAL, rfc3339
 
@@ -45,7 +45,7 @@ def publish(
     broker: BrokerUrl = None,
     json: JsonLines = False,
 ) -> int:
-    """Publish an event, or one per line of stdin.
+    """Publish an event, or one per line of stdin. A command is sent in the same way.
 
     Values are checked against the class in your code. Prints the receipt: the event's id and its place in the log;
     when you see it, the event is durable. From stdin, each line is acknowledged when it is durable; a line that is no
@@ -71,9 +71,10 @@ def publish(
         note(clean_lines(line))
     if lines:
         return _Lines(loaded.app, None if type == "-" else find_class(type), json).run()
-    envelope = _one(loaded.app, find_class(type), list(fields), id, occurred_at, header or [])
+    cls = find_class(type)
+    envelope = _one(loaded.app, cls, list(fields), id, occurred_at, header or [])
     with asyncio.Runner() as runner:
-        receipt = runner.run(_accept_one(loaded.app, envelope))
+        receipt = runner.run(_accept_one(loaded.app, envelope, cls.__unlost__.is_command))
     _acknowledge(receipt, json)
     return 0
 
@@ -101,9 +102,11 @@ def _one(
     )
 
 
-async def _accept_one(app: App, envelope: Envelope) -> Receipt:
+async def _accept_one(app: App, envelope: Envelope, is_command: bool) -> Receipt:
     async with app:
         _say_if_made(app)
+        if is_command:
+            await app.check_queue(envelope.topic)
         return (await app.accept([envelope]))[0]
 
 
@@ -143,6 +146,7 @@ class _Lines:
 
     def _publish(self, runner: asyncio.Runner, lines: list[bytes]) -> None:
         batch: list[tuple[int, Envelope]] = []
+        queues = {cls.__unlost__.topic for cls in event_classes() if cls.__unlost__.is_command}
         for raw in lines:
             self._number += 1
             if not raw.strip():
@@ -152,6 +156,8 @@ class _Lines:
                     raise UsageError("UL1327", f"a line has at most {LINE_BYTES_MAX} bytes")
                 envelope = read_line(raw, self._cls, source=self._app.name, now=REAL.now())
                 self._app.broker.check(envelope)
+                if envelope.topic in queues:
+                    runner.run(self._app.check_queue(envelope.topic))
                 batch.append((self._number, envelope))
             except UnlostError as e:
                 self._refuse(e, self._number)

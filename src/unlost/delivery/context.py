@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from unlost.errors import Misconfigured, Unavailable, UsageError
-from unlost.events import Envelope, Event, derived_id, encode_head, seal
+from unlost.events import Command, Envelope, Event, derived_id, encode_head, seal
 from unlost.store.port import Block, Known, Settlement, SyncBlock
 
 in_block: ContextVar[bool] = ContextVar("unlost_in_block", default=False)
@@ -101,13 +101,26 @@ class Context:
         Raises:
             UsageError: the event cannot be published, or the delivery is over.
         """
+        self._add(event, occurred_at, headers, command=False)
+
+    def send(self, command: Command, *, headers: Mapping[str, str] | None = None) -> None:
+        """Sends a command with the delivery, as `publish` does it with an event.
+
+        Raises:
+            UsageError: the command cannot be sent, or the delivery is over.
+        """
+        self._add(command, None, headers, command=True)
+
+    def _add(
+        self, event: Event, occurred_at: datetime | None, headers: Mapping[str, str] | None, *, command: bool
+    ) -> None:
         with self._lock:  # threads of a handler: none may be too late unseen, or get another one's id
-            self._check_open("publish")
+            self._check_open("send" if command else "publish")
             number = len(self._published)
             id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
             envelope = seal(
-                event, source=self.service, id=id, occurred_at=occurred_at,
-                cause=self.envelope, headers=headers, now=self._now,
+                event, source=self.service, id=id, occurred_at=occurred_at, cause=self.envelope, headers=headers,
+                command=command, now=self._now,
             )  # fmt: skip
             encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
             self._unit.check(envelope)

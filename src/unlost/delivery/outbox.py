@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Protocol
 
 from unlost.errors import UsageError
-from unlost.events import Envelope, Event, seal
+from unlost.events import Command, Envelope, Event, seal
 from unlost.store.sessions.connect import of
 from unlost.store.sessions.port import AnySession, Dialect
 from unlost.store.steps import Steps, run, run_async
@@ -79,13 +79,27 @@ class Outbox:
         Raises:
             UsageError: the event cannot be published, or the block is over.
         """
+        self._add(event, id, occurred_at, headers, command=False)
+
+    def send(self, command: Command, *, id: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        """Sends a command with the transaction, as `publish` does it with an event.
+
+        Raises:
+            UsageError: the command cannot be sent, or the block is over.
+        """
+        self._add(command, id, None, headers, command=True)
+
+    def _add(
+        self, event: Event, id: str | None, when: datetime | None, headers: Mapping[str, str] | None, *, command: bool
+    ) -> None:
         if not self._open:
             raise UsageError(
                 "UL1255", "an outbox is open inside its block only", fix="with app.outbox(connection) as outbox: outbox.publish(…)"
             )  # fmt: skip
-        self._events.append(
-            seal(event, source=self._source, id=id, occurred_at=occurred_at, headers=headers, now=self._now())
+        sealed = seal(
+            event, source=self._source, id=id, occurred_at=when, headers=headers, command=command, now=self._now()
         )
+        self._events.append(sealed)
 
     # sync
 

@@ -115,6 +115,7 @@ class Service:
         self.catalog = Catalog()
         self.handlers: dict[str, Handler] = {}  # by wire type
         self.topics: set[str] = set()
+        self.queues: set[str] = set()  # those of the topics that hold commands: nobody else may carry them out
 
     def __repr__(self) -> str:
         return f"Service({self.name!r}, {len(self.handlers)} event types)"
@@ -131,7 +132,7 @@ class Service:
     ) -> Callable[[Handles[A | B | C]], Handles[A | B | C]]: ...
 
     def on(self, *types: type[Event], **policy: Unpack[Policy]) -> Callable[[Any], Any]:
-        """Registers a handler for one event type, or for up to three.
+        """Registers a handler for one event type, or for up to three. For a command no other service may have one.
 
         `where` routes by content: what it turns away is counted as `skipped(where)`.
 
@@ -186,21 +187,23 @@ class Service:
                 "UL1219", f"the service {self.name!r} has a handler named {handler.name!r} already",
                 found="a second function of that name", fix='name it: @service.on(OrderPlaced, name="charge-order")',
             )  # fmt: skip
-        if cls.__unlost__.is_command:
+        spec = cls.__unlost__
+        if spec.topic in (self.topics - self.queues if spec.is_command else self.queues):
             raise UsageError(
-                "UL1213",
-                "commands and queues are not in this release",
-                found=cls.__qualname__,
-                fix="publish an event",
-            )
+                "UL1226", f"{spec.topic!r} is a queue of commands or a topic of events, not both",
+                found=f"{cls.__qualname__} beside {', '.join(self.handlers)}",
+                fix="give the events another topic, or the commands another queue",
+            )  # fmt: skip
         self.catalog.add(cls)
         warning = check_past_tense(cls)
         if warning is not None:
             warnings.warn(warning, NamingWarning, stacklevel=3)
         self.handlers[cls.__unlost__.type] = handler
-        topic = cls.__unlost__.topic
+        topic = spec.topic
         assert topic is not None
         self.topics.add(topic)
+        if spec.is_command:
+            self.queues.add(topic)
 
 
 def _takes_context(function: Callable[..., Any]) -> bool:

@@ -533,7 +533,7 @@ class Worker:
                 rule = arrival.rule or "no handler"
                 self._settler.put(owned, Outcome(arrival=arrival, state="skipped", rule=rule, event_hash=digest))
                 continue
-            if not arrival.key and cls is not None and cls.__unlost__.key is not None:
+            if not arrival.key and cls is not None and (cls.__unlost__.key is not None or cls.__unlost__.is_command):
                 arrival = self._with_key(owned.unit, arrival, cls)
             lane = owned.lanes.get(arrival.key) if arrival.key is not None else None
             if lane is None:
@@ -572,7 +572,7 @@ class Worker:
             log.warning(
                 "UL1134: %s:%d (%s) came without its key, so its producer may have put events of one key into several "
                 "partitions: their order is not promised. Have the producer send %r as the message's key",
-                unit, arrival.position, envelope.type, cls.__unlost__.key,
+                unit, arrival.position, envelope.type, cls.__unlost__.key or cls.__unlost__.topic,
             )  # fmt: skip
         try:
             key = key_of(self.service.catalog.decode(envelope, cls))

@@ -79,9 +79,12 @@ def seal(
     headers: Mapping[str, str] | None = None,
     topic: str | None = None,
     publisher: str | None = None,
+    command: bool | None = None,
     now: int,
 ) -> Envelope:
     """Makes the envelope of a typed event: the one place where that happens. `now` is in microseconds.
+
+    `command` says what is meant: an order that is sent (True), a fact that is published (False), or either (None).
 
     With a `cause` the event carries on its correlation and its trace; without one it begins its own.
     **Guarantee**: the data can be read again by the class of the event.
@@ -93,6 +96,8 @@ def seal(
     if cls not in _publishable:
         check_publishable(cls)
     spec = cls.__unlost__
+    if command is not None and command is not spec.is_command:
+        raise _wrong_verb(cls)
     key = key_of(event)
     data = encode_data(event)
 
@@ -147,6 +152,18 @@ def seal(
         publisher=publisher,
         headers=_checked_headers(headers) if headers else {},
     )
+
+
+def _wrong_verb(cls: type[Event]) -> UsageError:
+    if cls.__unlost__.is_command:
+        return UsageError(
+            "UL1017", "a command is sent: one service carries it out", found=f"published: {cls.__qualname__}",
+            fix="app.send, ctx.send or outbox.send; or make it a fact in the past tense: class …(Event, key=…)",
+        )  # fmt: skip
+    return UsageError(
+        "UL1017", "an event is published: it has happened, and whoever wants to know is told", found=f"sent: {cls.__qualname__}",
+        fix="app.publish, ctx.publish or outbox.publish; or make it an order: class …(Command, queue=…)",
+    )  # fmt: skip
 
 
 _publishable: set[type] = set()

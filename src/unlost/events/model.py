@@ -197,7 +197,7 @@ if TYPE_CHECKING:
     class Command(Event):
         """An order to do something, to exactly one service; named in the imperative.
 
-        A command waits in a `queue`; with a `key`, commands of one key keep their order.
+        A command waits in a `queue`, first in, first out; with a `key`, each key is a group with an order of its own.
 
             class SendReceipt(Command, queue="receipts", key="customer_id"):
                 customer_id: str
@@ -288,7 +288,7 @@ else:
     class Command(Event):
         """An order to do something, to exactly one service; named in the imperative.
 
-        A command waits in a `queue`; with a `key`, commands of one key keep their order.
+        A command waits in a `queue`, first in, first out; with a `key`, each key is a group with an order of its own.
 
             class SendReceipt(Command, queue="receipts", key="customer_id"):
                 customer_id: str
@@ -374,14 +374,16 @@ def redacted(event_or_data: Event | Mapping[str, Any], cls: type[Event] | None =
 
 
 def key_of(event: Event) -> bytes | None:
-    """The key of an event as bytes, the same on every broker; None if its class declares no key.
+    """The key of an event as bytes, the same on every broker; None if its class declares no key. A command without a key
+    has that of its queue: all of them are one group, first in, first out.
 
     Text is UTF-8, a whole number decimal, an enum its value; UUID, Decimal, date and time are their text.
     Raises `UsageError` UL1006 for an empty key or one above 4 KiB, UL1007 for a value that is no key.
     """
-    name = event.__unlost__.key
+    spec = event.__unlost__
+    name = spec.key
     if name is None:
-        return None
+        return spec.topic.encode() if spec.is_command and spec.topic else None
     value = getattr(event, name)
     try:
         key = value.encode() if type(value) is str else _key_bytes(event, name, value)

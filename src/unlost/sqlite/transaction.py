@@ -112,6 +112,9 @@ class Transaction:
     def execute(self, sql: str, bindings: Sequence[Any] = ()) -> apsw.Cursor:
         return self.connection.execute(sql, bindings)
 
+    def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        return list(self.connection.execute(sql, bindings))
+
     def one(self, sql: str, bindings: Sequence[Any] = ()) -> Any:
         """The first row, or None."""
         return self.connection.execute(sql, bindings).fetchone()

@@ -296,6 +296,9 @@ class Store(Protocol):
     async def prepare(self, schema: str) -> None:
         """Makes the user's own tables, where the statements that make them are new or have changed."""
 
+    async def service_of(self, queue: str) -> str | None:
+        """The service that carries out the commands of a queue, None if none has ever registered for it."""
+
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         """Pins a service's start positions on topics it sees for the first time, and checks that the other
         releases of the service agree on what must agree (topics' partitions, on_dead).

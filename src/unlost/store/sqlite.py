@@ -24,7 +24,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
-from unlost.store import port, shelf
+from unlost.store import port, queues, shelf
 from unlost.store.outbox import SqliteCopies, SqliteOutbox, put_raw
 from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
@@ -108,6 +108,9 @@ class SqliteStore:
 
     # --- services and ownership --------------------------------------------------------------------------
 
+    async def service_of(self, queue: str) -> str | None:
+        return self.file.read(lambda c: run(queues.service_of(queue), lambda sql, b: c.execute(sql, b).fetchall()))
+
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         text = _json.encode(policy, order="sorted").decode()
 
@@ -115,6 +118,7 @@ class SqliteStore:
             _check_broker(tx, self._elsewhere)
             if tx.one("select 1 from unlost_follower where service = ? limit 1", (service,)) is not None:
                 raise _progress_elsewhere(service, "in another store")
+            run(queues.claim(service, policy.get("queues", ())), tx.rows)
             row = tx.one("select policy from unlost_service where name = ?", (service,))
             if row is None:
                 tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
@@ -332,9 +336,7 @@ class SqliteStore:
     async def carry_out(self, request: Request, epoch: int) -> port.CarriedOut:
         def work(tx: Transaction) -> port.CarriedOut:
             _load(tx, request.unit, epoch)
-            return run(
-                shelf.carry_out(request, tx.world.now()), lambda sql, bindings: tx.execute(sql, bindings).fetchall()
-            )
+            return run(shelf.carry_out(request, tx.world.now()), tx.rows)
 
         return await self.file.write(work)
 

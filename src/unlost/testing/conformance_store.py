@@ -313,6 +313,25 @@ async def releases_agree_on_the_order(c: StoreCase) -> None:
 
 
 @promise(STORE_SCENARIOS)
+async def one_service_for_a_queue(c: StoreCase) -> None:
+    """Commands of a queue are carried out by one service: a second one is refused, until the first has given the queue up."""
+    rig = await c.open()
+    owner = await c.owner(rig)
+    first, queue = owner.unit.service, owner.info.name
+    policy = {"on_dead": "park", "queues": [queue, f"{queue}-more"]}
+    await rig.store.register(first, policy, [owner.info])
+    before = await rig.tables()
+    again = await c.open()
+    await refused(again.store.register(f"{first}-other", policy, [owner.info]), UsageError, "a second service")
+    await unchanged(again, before, "a second service")
+    same(await again.store.service_of(queue), first, "who carries out the queue")
+    same(await again.store.service_of(f"{queue}-less"), None, "who carries out a queue that nobody has")
+    await again.store.register(first, {"on_dead": "park"}, [owner.info])
+    await again.store.register(f"{first}-other", policy, [owner.info])
+    same(await rig.store.service_of(queue), f"{first}-other", "who carries it out since then")
+
+
+@promise(STORE_SCENARIOS)
 async def epochs(c: StoreCase) -> None:
     """Each `take` begins a new epoch, in whichever process; only the newest may settle; `give` of an old one does
     nothing."""

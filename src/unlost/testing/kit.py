@@ -26,7 +26,7 @@ from unlost.brokers.port import Receipt
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.worker import CANCEL_AGAIN_SECONDS, Worker
 from unlost.errors import UsageError
-from unlost.events import Envelope, Event, decode_data
+from unlost.events import Command, Envelope, Event, decode_data
 from unlost.events.topic import Unit
 from unlost.ops import shelf
 from unlost.ops.books import books, name_missing
@@ -125,6 +125,12 @@ class Running:
     ) -> Receipt:
         """The same as `app.publish`."""
         return await self.app.publish(event, id=id, occurred_at=occurred_at, headers=headers)
+
+    async def send(
+        self, command: Command, *, id: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> Receipt:
+        """The same as `app.send`."""
+        return await self.app.send(command, id=id, headers=headers)
 
     async def publish_all(self, events: Sequence[Event]) -> Sequence[Receipt]:
         """The same as `app.publish_all`."""

@@ -288,6 +288,9 @@ class _MortalStore:
     async def close(self) -> None:
         await self._real.close()
 
+    async def service_of(self, queue: str) -> str | None:
+        return await self._real.service_of(queue)
+
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         await self._real.register(service, policy, topics)
 

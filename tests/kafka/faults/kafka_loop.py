@@ -418,12 +418,14 @@ class Loop:
             self.report.wrong.append(f"{name} ended with {code} after its SIGTERM; see {self.stage.log}")
 
 
-SERVICES = ("plain", "ledger", "thread", "relay", "flaky", "strict", "loose", "sink")
+SERVICES = ("plain", "ledger", "thread", "relay", "flaky", "strict", "loose", "sink", "carrier", "press")
 NEEDS = {  # which services a contract is about, where its name does not say it
     "relay-block": {"relay"},
     "sink-echo": {"plain", "sink"},
     "sink-relay": {"relay", "sink"},
     "sink-book": {"ledger", "sink"},
+    "carrier": {"ledger", "carrier"},
+    "press": {"thread", "press"},
 }
 CUTS = ("Produce", "Fetch", "OffsetCommit", "JoinGroup", "SyncGroup", "Heartbeat", "OffsetFetch", "FindCoordinator",
         "Metadata", "InitProducerId", "ListOffsets", "LeaveGroup")  # fmt: skip

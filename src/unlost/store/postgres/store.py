@@ -21,7 +21,7 @@ import psycopg
 
 from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
 from unlost.events.topic import TopicInfo, Unit
-from unlost.store import shelf
+from unlost.store import queues, shelf
 from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
     Block,
@@ -205,11 +205,15 @@ class PostgresStore:
 
     # --- services and ownership --------------------------------------------------------------------------
 
+    async def service_of(self, queue: str) -> str | None:
+        return await self.client.read(queues.service_of(queue))
+
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         text = _json.encode(policy, order="sorted").decode()
 
         def steps() -> Steps[None]:
             yield "select pg_advisory_xact_lock(?, ?)", (self.settings.lock_class, _TOKEN)
+            yield from queues.claim(service, policy.get("queues", ()))
             row = yield from one("select policy from unlost_service where name = ?", (service,))
             if row is None:
                 yield "insert into unlost_service values (?, ?, ?)", (service, text, self.world.now())
