@@ -871,7 +871,9 @@ def _dies_at_the_commit(scene: Scene, when: str) -> set[str]:
     }
     orders = some(2, 2)
     scene.place(orders)
-    first, _ = scene.life("first", services=("order",))  # and sends all of it: a second copy could stand in for what is lost
+    first, _ = scene.life(
+        "first", services=("order",)
+    )  # and sends all of it: a second copy could stand in for what is lost
     scene.settled()
     scene.finish(first)
     for name, trap in traps.items():
