@@ -45,9 +45,9 @@ def publish(
     broker: BrokerUrl = None,
     json: JsonLines = False,
 ) -> int:
-    """Publish an event, or one per line of stdin. A command is sent in the same way.
+    """Publish an event, or one per line of stdin.
 
-    Values are checked against the class in your code. Prints the receipt: the event's id and its place in the log;
+    A command is sent in the same way. Values are checked against the class in your code. Prints the receipt: the event's id and its place in the log;
     when you see it, the event is durable. From stdin, each line is acknowledged when it is durable; a line that is no
     event is refused with its number, the others go on, and the command ends with 1.
 
