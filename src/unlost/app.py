@@ -115,7 +115,6 @@ class App:
         self.outboxes = tuple(outboxes)
         self.relay = relay
         self._doors: dict[str, Place] = {}
-        self._doors_lock = threading.Lock()
         self._schema = _schema_text(schema, sys._getframe(1).f_globals.get("__file__"))
         self._survives = survives
         self._mirror_dead = mirror_dead
@@ -478,10 +477,7 @@ class App:
                 fix="UNLOST_STORE=postgresql://… if it is the store's; else App(outboxes=['sqlite:///path/shop.db']) or "
                 "App(outboxes=['postgresql://…'])",
             )  # fmt: skip
-        with self._doors_lock:
-            if url not in self._doors:
-                self._doors[url] = place_of(url)
-            return self._doors[url]
+        return self._doors.get(url) or self._doors.setdefault(url, place_of(url))  # no lock: a fork may come at any time
 
     async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
         """Publishes ready-made envelopes (for tools; programs publish typed events)."""

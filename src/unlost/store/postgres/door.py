@@ -152,7 +152,7 @@ class PostgresDoor:
         cursor = connection.execute(
             statement(
                 f"select exists (select 1 from unlost_process q where q.relays and {LIVES.format(process='q.id')}), "
-                "(select extract(epoch from now() - min(added))::double precision from unlost_outbox)",
+                "(select extract(epoch from now() - added)::double precision from unlost_outbox order by seq limit 1)",
                 self._schema,
             ),
             (self._settings.lock_class, HUNG_SECONDS),
@@ -171,7 +171,9 @@ class PostgresDoor:
         self.close()  # an App that was never entered is never left
 
     def close(self) -> None:
+        if self._pid != os.getpid():
+            return  # after a fork: the connection is the parent's, and so may be whoever holds the lock
         with self._talking:
-            if self._connection is not None and self._pid == os.getpid():
+            if self._connection is not None:
                 self._connection.close()
             self._connection = None
