@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench bench-kafka bench-postgres prove wheel docs clean
+.PHONY: help demo test check format bench bench-kafka bench-postgres bench-export prove wheel docs clean
 
 help:
 	@echo "make demo    the shop on real orders, killed with kill -9 while it works"
@@ -53,6 +53,9 @@ bench-kafka: $(READY)
 
 bench-postgres: $(READY)
 	$(BIN)/python bench/postgres_run.py
+
+bench-export: $(READY)
+	$(BIN)/python bench/export_run.py
 
 prove: $(READY)
 	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash

@@ -33,19 +33,28 @@ _COMMANDS = (
     ("status", "look:status", _LOOK, "[OPTIONS]"),
     ("audit", "look:audit", _LOOK, "[OPTIONS]"),
     ("tail", "tail:tail", _LOOK, "[TYPE] [OPTIONS]"),
+    ("trace", "trace:trace", _LOOK, "KEY|ID [OPTIONS]"),
     ("doctor", "doctor:doctor", _LOOK, "[OPTIONS]"),
     ("topic list", "look:topic_list", _LOOK, "[OPTIONS]"),
+    ("service list", "service:service_list", _LOOK, "[OPTIONS]"),
+    ("service show", "service:service_show", _LOOK, "NAME [OPTIONS]"),
     ("config", "look:show_config", _LOOK, "[OPTIONS]"),
+    ("event list", "event:list_events", _WORK, "[OPTIONS]"),
+    ("event check", "event:check_events", _WORK, "[OPTIONS]"),
+    ("event usage", "event:usage", _WORK, "[OPTIONS]"),
     ("dead list", "dead:dead_list", _RIGHT, "[OPTIONS]"),
     ("dead show", "dead:dead_show", _RIGHT, "NUMBER|ID [OPTIONS]"),
     ("dead redrive", "dead:redrive", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
     ("dead discard", "dead:discard", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
     ("store migrate", "store:migrate", _RIGHT, "[OPTIONS]"),
+    ("store export", "store:export", _RIGHT, "--format jsonl|parquet --to FOLDER [OPTIONS]"),
 )
 _NOUNS = {
+    "event": "List your events, see who reads what, check whether a change breaks a reader.",
     "topic": "List topics: partitions, events, who reads them.",
+    "service": "List services, or show one: who runs it, and how far each of its partitions is.",
     "dead": "List, show, redrive or discard events that could not be handled.",
-    "store": "Make the tables of a store in PostgreSQL, or bring them up to date.",
+    "store": "Make or update the tables of a store in PostgreSQL; write the history of the log as files.",
 }
 
 

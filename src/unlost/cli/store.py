@@ -1,16 +1,18 @@
-"""`unlost store`: the tables of a store in PostgreSQL."""
+"""`unlost store`: the tables of a store in PostgreSQL, and the history of the log as files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import Json, Operator, Why, Yes, confirmed, login
-from unlost.cli.say import clean, dim, note, out, print_json
+from unlost.cli.options import AppName, BrokerUrl, Json, Operator, Why, Yes, confirmed, count, login, looking
+from unlost.cli.say import clean, dim, note, out, print_json, warn
 from unlost.config import hide_secrets
 from unlost.errors import UsageError
+from unlost.ops import export as history
 from unlost.ops.store import Plan, check_format, plan
 from unlost.ops.store import migrate as run
 from unlost.store.connect import is_postgres, store_path
@@ -116,4 +118,75 @@ def _a_file(url: str, json: bool) -> int:
         return 0
     where = hide_secrets(url) if url else "UNLOST_STORE names no other; --store postgresql://…"
     out(f"nothing to do: a store in a file makes its tables by itself ({clean(where)})")
+    return 0
+
+
+def export(
+    *,
+    format: Annotated[history.Format, Parameter(name="--format", help="What the files are.")],
+    to: Annotated[Path, Parameter(name="--to", help="The folder; it is made. The same command goes on there.")],
+    topic: Annotated[
+        list[str] | None, Parameter(name="--topic", negative="", help="Only this topic; may be given again.")
+    ] = None,
+    type: Annotated[
+        list[str] | None,
+        Parameter(name="--type", negative="", help="Only this wire type or class name; may be given again."),
+    ] = None,
+    key: Annotated[str | None, Parameter(name="--key", help="Only this key.")] = None,
+    from_: Annotated[
+        str | None, Parameter(name="--from", help="Recorded at this time or later: 2026-11-23T14:00Z, or 10m (ago).")
+    ] = None,
+    until: Annotated[str | None, Parameter(name="--until", help="Recorded before this time.")] = None,
+    with_sensitive: Annotated[
+        bool, Parameter(name="--with-sensitive", negative="", help="Write all data as stored, sensitive or not.")
+    ] = False,
+    app: AppName = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Write the events of the log into files, for DuckDB, polars, pandas and the like.
+
+    A file holds a range of positions of one partition, and is there only when it is whole. A run that was killed goes on
+    where it ended when you repeat the command, and a later run adds only what is new.
+
+    Fields that your code calls `Sensitive`, or does not know, read `***`; data of types for which your code has no class
+    are left out, and the end says so. `--with-sensitive` writes everything. Looking takes nothing from anybody.
+
+    **Needs** the broker, and your code to know what is sensitive. For Parquet: pip install "unlost[parquet]".
+
+    **Examples**
+
+    - `unlost store export --format parquet --to history --app shop`
+    - `unlost store export --format jsonl --to paid --type PaymentCompleted --from 2026-11-01 --until 2026-12-01`
+    """
+    wanted = history.filters(topics=topic or (), types=type or (), key=key, since=from_, until=until)
+    if not with_sensitive and app is None and config.setting("app").value:
+        from unlost.ops.load import load
+
+        load()
+    with looking(app, broker) as here:
+        found = history.export(here.log, to, format=format, wanted=wanted, with_sensitive=with_sensitive)
+    if json:
+        print_json(
+            "export/1",
+            {
+                "folder": str(to), "format": format, "with_sensitive": with_sensitive, "resumed": found.resumed,
+                "events": found.events, "files": found.files, "bytes": found.bytes, "all_events": found.all_events,
+                "all_files": found.all_files, "left_out": found.left_out, "empty": found.empty,
+                "gone": [r._asdict() for r in found.gone],
+            },
+        )  # fmt: skip
+        return 0
+    written = f"{count(found.events, 'event')} in {count(found.files, 'file')}, {found.bytes:,} bytes"
+    out(f"{written}, written to {clean(to)}")
+    if found.resumed:
+        out(f"with those of earlier runs: {count(found.all_events, 'event')} in {count(found.all_files, 'file')}")
+    for range in found.gone:
+        out(warn(f"gone: the log no longer has {clean(range)}"))
+    if found.empty:
+        out(f"{count(found.empty, 'position')} held no event (markers of transactions, or compacted)")
+    for reason, number in found.left_out.items():
+        out(f"left out: {clean(reason)} ({count(number, 'event')})")
+    if found.left_out:
+        out(dim("--app names your code; --with-sensitive writes everything"))
     return 0

@@ -174,8 +174,8 @@ def shown_data(envelope: Envelope) -> dict[str, Any] | None:
 
     A field is shown when a class that has been imported has it and no class says that it is `Sensitive`.
     """
-    classes = [cls for cls in event_classes() if cls.__unlost__.type == envelope.type]
-    if not classes or envelope.data is None:
+    shown = shown_fields(envelope.type)
+    if shown is None or envelope.data is None:
         return None
     try:
         data = msgspec.json.decode(envelope.data)
@@ -183,13 +183,26 @@ def shown_data(envelope: Envelope) -> dict[str, Any] | None:
         return None
     if not isinstance(data, dict):
         return None
+    return {name: value if name in shown else "***" for name, value in data.items()}
+
+
+def shown_fields(type: str) -> frozenset[str] | None:
+    """The fields of this wire type that may be seen: a class that has been imported has them, and none says that they
+    are `Sensitive`. None: your code has no class for it.
+
+    >>> shown_fields("nobody.KnowsThis") is None
+    True
+    """
+    classes = [cls for cls in event_classes() if cls.__unlost__.type == type]
+    if not classes:
+        return None
     known: set[str] = set()
     hidden: set[str] = set()
     for cls in classes:
         wire: tuple[str, ...] = cls.__struct_encode_fields__  # type: ignore[attr-defined]
         known.update(wire)
         hidden.update(name for name, value in redacted(dict.fromkeys(wire, ""), cls).items() if value == "***")
-    return {name: value if name in known - hidden else "***" for name, value in data.items()}
+    return frozenset(known - hidden)
 
 
 def _names(cls: type[Event]) -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""`unlost event`: the events of a project, who reads them, and what a change would break."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
+from cyclopts import Parameter
+
+from unlost.app import App
+from unlost.cli.options import AppName, Json, aligned, count
+from unlost.cli.say import bold, clean, dim, note, out, print_json, warn
+from unlost.ops.event import FieldUse, Finding, event_list, event_usage, project_classes
+from unlost.ops.event_check import AGREED_BY_UPDATE, Checked, check
+from unlost.ops.event_lock import UPDATE, lock_path, read_lock
+from unlost.ops.load import load
+
+LockFile = Annotated[
+    str | None, Parameter(name="--lock", help="The lock. Else unlost.events.lock beside the nearest pyproject.toml.")
+]
+Update = Annotated[
+    bool, Parameter(name="--update", negative="", help="Write the lock afterwards: what has changed is agreed.")
+]
+
+
+def list_events(*, app: AppName = None, json: Json = False) -> int:
+    """List the events and commands of your code: type, topic, key, version, and which services listen.
+
+    Who publishes an event is not known from the code, nor what other projects read.
+
+    **Needs** your code; no broker.
+
+    **Example**
+
+    - `unlost event list --app hello`
+    """
+    loaded = _load(app)
+    found = event_list(loaded, project_classes(loaded))
+    if json:
+        print_json("events/1", {"events": msgspec.to_builtins(found)})
+        return 0
+    if not found:
+        out("the App and what it imports have no events")
+        return 0
+    rows = [["TYPE", "topic or queue", "key", "version", "listening"]]
+    for e in found:
+        listening = ", ".join(map(str, e.readers)) or "nobody in this App"
+        version = "-" if e.version is None else str(e.version)
+        place = f"{e.topic} (queue)" if e.kind == "command" else e.topic
+        rows.append([clean(e.type), clean(place), clean(e.key or "-"), version, clean(listening)])
+    lines = aligned(rows, left="lllrl")
+    out(lines[0])
+    for e, line in zip(found, lines[1:], strict=True):
+        out(line)
+        out(dim(f"  {clean(e.name) if e.name else 'not in this code, only views of it'}"))
+        for view in e.views:
+            out(dim(f"  view {clean(view)}"))
+    out()
+    out(f"{count(len(found), 'type')}. Who publishes them, and who reads them elsewhere, is not known from the code.")
+    return 0
+
+
+def check_events(*, update: Update = False, lock: LockFile = None, app: AppName = None, json: Json = False) -> int:
+    """Say what has changed since the lock, and which change breaks a reader.
+
+    The lock (`unlost.events.lock`, to be committed) has the fields of each event and command as they were agreed. What
+    breaks: a class that cannot read what is in the log, a release still running that cannot read what the new one
+    publishes, a topic, key, type or version by which history is lost. Also: names that do not say what happened or is to
+    be done, queues with two services, views of what is not there; these cannot be agreed to. Ends with 1 if something
+    breaks.
+
+    **Needs** your code; no broker. `--update` writes the lock, nothing else.
+
+    **Examples**
+
+    - `unlost event check --update` the first time, and whenever a change is meant
+    - `unlost event check` in CI
+    """
+    loaded = _load(app)
+    found = check(loaded, project_classes(loaded), lock_path(lock), update=update)
+    code = 1 if found.breaks else 0
+    if json:
+        print_json("event-check/1", {**msgspec.to_builtins(found), "breaks": found.breaks})
+        return code
+    _print_checked(found)
+    return code
+
+
+def usage(*, lock: LockFile = None, app: AppName = None, json: Json = False) -> int:
+    """Say which service reads which field, and which fields nobody asks for.
+
+    A handler whose parameter is a view reads the view's fields; one of the full class reads all. With a lock, fields that
+    were added since are marked. Ends with 1 if a view cannot read its event.
+
+    **Needs** your code; no broker.
+
+    **Example**
+
+    - `unlost event usage --app hello`
+    """
+    path = lock_path(lock)
+    before = read_lock(path)
+    loaded = _load(app)
+    found = event_usage(loaded, project_classes(loaded), before)
+    wrong = [finding for event in found for finding in event.wrong]
+    if json:
+        print_json(
+            "event-usage/1", {"lock": None if before is None else str(path), "events": msgspec.to_builtins(found)}
+        )
+        return 1 if wrong else 0
+    for event in found:
+        out(bold(clean(event.type)) + ("" if event.name else "  not in this code, only views of it"))
+        if event.fields:
+            for line in aligned([[clean(f.name), _read_by(f), _remark(f)] for f in event.fields], left="lll"):
+                out(f"  {line}")
+    _print_findings(wrong, agreed=False)
+    out()
+    unread = sum(not f.by_view and not f.is_key for event in found for f in event.fields)
+    out(f"{count(len(found), 'type')}, {count(unread, 'field')} that no view names, keys not counted")
+    if before is None:
+        note(f"what has been added is not known without a lock: {UPDATE}")
+    return 1 if wrong else 0
+
+
+def _load(app: str | None) -> App:
+    return load(app).app  # what it warned of is a name: `check` says it as a finding
+
+
+def _read_by(f: FieldUse) -> str:
+    readers = [*map(str, f.by_view), *(f"{reader} (all)" for reader in f.by_all)]
+    return clean(", ".join(readers)) or "nobody"
+
+
+def _remark(f: FieldUse) -> str:
+    said = ["key"] * f.is_key
+    if not f.by_view and not f.is_key:
+        said.append("only by those that read all" if f.by_all else "unread")
+    if f.added:
+        wanted = ", ".join(clean(reader.view) for reader in f.by_view)
+        said.append("added since the lock" + (f", wanted by {wanted}" if wanted else ", no view wants it"))
+    return "; ".join(said)
+
+
+def _print_checked(found: Checked) -> None:
+    if found.changes:
+        out("SINCE THE LOCK" if not found.agreed else "CHANGED")
+        for change in found.changes:
+            place = f"{change.type}.{change.field}" if change.field else change.type
+            out(f"  {clean(place)}  {clean(change.what)}")
+        out()
+    _print_findings(found.findings, agreed=found.agreed)
+    if found.agreed:
+        out(f"{clean(found.lock)} {'written: commit it with the code' if found.written else 'says the same already'}")
+    elif found.findings:
+        out(warn(count(len(found.findings), "finding")))
+    elif found.changes:
+        out(f"nothing breaks; {UPDATE} brings the lock up to date")
+    else:
+        out("nothing has changed, nothing breaks")
+
+
+def _print_findings(findings: Sequence[Finding], *, agreed: bool) -> None:
+    titles = {
+        "backward": "OLD EVENTS CANNOT BE READ", "forward": "OLD RELEASES CANNOT READ NEW EVENTS", "identity": "HISTORY IS LOST",
+        "renamed": "RENAMED", "privacy": "SHOWN", "view": "VIEW", "name": "NAME", "queue": "QUEUE", "twice": "TWICE",
+    }  # fmt: skip
+    for finding in findings:
+        place = clean(f"{finding.name}.{finding.field}" if finding.field else finding.name)
+        known = agreed and finding.kind in AGREED_BY_UPDATE
+        out(f"{warn(titles[finding.kind])}{' (agreed)' if known else ''}  {place}  {dim(clean(finding.type))}")
+        out(f"  {clean(finding.what)}")
+        if finding.hurts or finding.kind in AGREED_BY_UPDATE:
+            out(f"  hurts  {clean(', '.join(finding.hurts)) or 'nobody in this App, perhaps readers elsewhere'}")
+        out(f"  do     {clean(finding.fix)}")
