@@ -294,6 +294,20 @@ class App:
             raise _not_connected()
         return self._store
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop that it is connected in; None: it is not."""
+        return self._loop
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """Those that run the services now."""
+        return self._workers
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop is not None and self._stop.is_set()
+
     # --- publishing --------------------------------------------------------------------------------------
 
     async def publish(
@@ -360,7 +374,7 @@ class App:
         """Where it can be known that nobody has ever carried out the commands of a queue, that is a mistake in a name."""
         if queue in self._queues or any(queue in service.queues for service in self.services):
             return
-        if not self.broker.abilities.commits_with_store and not is_postgres(self._store_setting):
+        if not self.broker.abilities.commits_with_store and not is_postgres(self.store_setting):
             return  # the store beside this broker is that of this machine: services of others are not in it
         if await self.store.service_of(queue) is None:
             raise UsageError(
@@ -453,7 +467,8 @@ class App:
         return Outbox(connection, self._door, source=self.name, now=self.world.now)
 
     @property
-    def _store_setting(self) -> str:
+    def store_setting(self) -> str:
+        """The URL of the store, or empty; whoever named it."""
         return self._store_from_outside if self.store_url is None else self.store_url
 
     @cached_property
@@ -466,7 +481,7 @@ class App:
             known = {str(sqlite_path(url)): url for url in self.outboxes if not is_postgres(url)}
             url = known.get(str(Path(path).resolve())) if path else None
         else:
-            store = self._store_setting
+            store = self.store_setting
             url = next((u for u in (store, *self.outboxes) if is_postgres(u)), None)
         if url is None:
             found = path or "a database in memory"
@@ -477,7 +492,9 @@ class App:
                 fix="UNLOST_STORE=postgresql://… if it is the store's; else App(outboxes=['sqlite:///path/shop.db']) or "
                 "App(outboxes=['postgresql://…'])",
             )  # fmt: skip
-        return self._doors.get(url) or self._doors.setdefault(url, place_of(url))  # no lock: a fork may come at any time
+        return self._doors.get(url) or self._doors.setdefault(
+            url, place_of(url)
+        )  # no lock: a fork may come at any time
 
     async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
         """Publishes ready-made envelopes (for tools; programs publish typed events)."""

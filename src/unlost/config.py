@@ -20,12 +20,15 @@ _IN_QUERY = re.compile(
 )
 # libpq's other way to say it: host=db user=ann password='s3cret'
 _IN_WORDS = re.compile(r"(?i)((?:^|\s)\w*(?:password|passwd|passphrase|secret)\s*=\s*)(?:'(?:[^'\\]|\\.)*'|\S+)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}://\S+")
+_URL_MAX = 400  # what hides secrets may take long for longer ones; those are hidden as a whole
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*")
 SETTINGS = {
     "app": "where the App is: module:attribute, or a module that has one App",
     "broker": "URL of the broker",
     "store": "URL of the store, or empty: the broker's own file, or .unlost/store.db beside Kafka",
-    "log": "log level: debug, info, warning, error",
+    "log": 'log level: debug, info, warning, error; with ",json" behind it one JSON object per line',
+    "http": "address of the health checks of `unlost run`: a port, or host:port; empty: none",
 }
 
 
@@ -126,3 +129,17 @@ def hide_secrets(url: str) -> str:
     'kafka://ann:***@host/?sasl_password=***'
     """
     return _IN_WORDS.sub(r"\1***", _IN_QUERY.sub(r"\1***", _IN_AUTHORITY.sub(r"\1\2:***@", url)))
+
+
+def hide_secrets_within(text: str) -> str:
+    """The same for text of any kind and from anywhere, such as a line of a log; takes no longer than its length.
+
+    >>> hide_secrets_within("no answer from kafka://ann:s3cret@host/ password=s3cret")
+    'no answer from kafka://ann:***@host/ password=***'
+    """
+    return _IN_WORDS.sub(r"\1***", _URL.sub(_hide_url, text))
+
+
+def _hide_url(match: re.Match[str]) -> str:
+    url = match[0]
+    return hide_secrets(url) if len(url) <= _URL_MAX else url.partition("://")[0] + "://…"

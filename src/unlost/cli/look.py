@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
+from unlost import config
 from unlost.audit import Book, Books
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, aligned, count, looking, span
-from unlost.cli.say import bold, clean, clean_lines, coloured, dim, note, out, print_json, warn
-from unlost.errors import Damaged, Unavailable, UnlostError
+from unlost.cli.say import bold, clean, clean_lines, coloured, dim, interrupted, note, out, print_json, warn
+from unlost.errors import Damaged, Unavailable, UnlostError, UsageError
 from unlost.ops import books as ledger
 from unlost.ops import ledger as statements
 from unlost.ops.connect import ELSEWHERE, Looking
@@ -26,24 +28,87 @@ from unlost.store.port import Records
 from unlost.world import REAL, rfc3339
 
 LOSS = Damaged.exit_code
+WATCH_SECONDS = 2.0
+WATCH_SECONDS_MIN = 0.1
+CLEAR = "\x1b[H\x1b[2J"  # home, and everything away
 
 
-def status(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:
+def status(
+    *,
+    watch: Annotated[
+        str | bool,
+        Parameter(name="--watch", negative="", help="Look again every 2 seconds, or as often as it says: --watch 10s."),
+    ] = False,
+    app: OfApp = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
     """Show how each service is doing, and what to do next.
+
+    With `--watch` it goes on until Ctrl-C: in a terminal in one place, else one status after another; with `--json` one
+    line for each look. A store that does not answer for a while is asked again.
 
     **Needs** only the broker and the store.
 
     **Examples**
 
     - `unlost status`
+    - `unlost status --watch`
     - `unlost status --json | jq '.services[] | select(.dead > 0)'`
     """
+    if watch is not False:
+        return _watch(WATCH_SECONDS if watch is True else _interval(watch), app, broker, json)
     with looking(app, broker) as here:
-        found = look_at(here)
+        return _show_status(look_at(here), json)
+
+
+def _interval(text: str) -> float:
+    seconds = config.duration(text)
+    if seconds < WATCH_SECONDS_MIN:
+        raise UsageError(
+            "UL1442", f"a look takes its time: --watch takes {WATCH_SECONDS_MIN:g} seconds or more", found=repr(text)
+        )
+    return seconds
+
+
+def _watch(seconds: float, app: str | None, broker: str | None, json: bool) -> int:
+    """Looks until Ctrl-C, which is how it ends."""
+    repaint = not json and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    looked = False
+    try:
+        while True:
+            try:
+                with looking(app, broker) as here:
+                    while True:
+                        found = look_at(here)
+                        if repaint:
+                            sys.stdout.write(CLEAR)
+                        elif looked and not json:
+                            out()
+                        looked = True
+                        _show_status(found, json, many=True)
+                        if not json:
+                            out(dim(f"{rfc3339(REAL.now())[:19]}Z, every {seconds:g} s until Ctrl-C"))
+                        sys.stdout.flush()
+                        if interrupted.wait(seconds):
+                            return 0
+            except Unavailable as e:
+                if not looked:
+                    raise
+                note(warn(clean_lines(e), sys.stderr))
+            if interrupted.wait(seconds):
+                return 0
+    except KeyboardInterrupt:
+        return 0
+
+
+def _show_status(found: Status, json: bool, *, many: bool = False) -> int:
+    """Once, or as one of many."""
     now = REAL.now()
+    timed = {"time": rfc3339(now)} if many else {}
     code = 0 if found.unreachable is None else Unavailable.exit_code
     if json:
-        print_json("status/1", _status_json(msgspec.to_builtins(found), found))
+        print_json("status/1", {**timed, **_status_json(msgspec.to_builtins(found), found)})
         return code
     if found.broker == found.path:
         out(f"broker  {clean(found.path)}   {_size(found.bytes)}")

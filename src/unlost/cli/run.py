@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json as stdlib_json
 import logging
+import os
+import re
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO
 
 from cyclopts import Parameter
 
@@ -12,9 +16,11 @@ from unlost import config
 from unlost.cli.options import BrokerUrl, JsonLines
 from unlost.cli.say import clean_lines, note, print_json, warn
 from unlost.errors import UsageError
-from unlost.ops.load import load
+from unlost.ops.load import Loaded, load
+from unlost.world import REAL, rfc3339
 
 LEVELS = ("debug", "info", "warning", "error")
+TEXT_MAX = 32_768  # characters of a text in one line of JSON
 
 
 def run(
@@ -29,7 +35,12 @@ def run(
     ] = None,
     broker: BrokerUrl = None,
     log: Annotated[
-        str | None, Parameter(name="--log", help="debug, info, warning or error. Else UNLOST_LOG, info.")
+        str | None,
+        Parameter(name="--log", help="debug, info, warning or error; info,json for JSON. Else UNLOST_LOG, info."),
+    ] = None,
+    http: Annotated[
+        str | None,
+        Parameter(name="--http", help="Port, or host:port, of the health checks. Else UNLOST_HTTP, none."),
     ] = None,
     json: JsonLines = False,
 ) -> int:
@@ -40,12 +51,16 @@ def run(
     Ends with code 0 when it could finish what was in hand; a second Ctrl-C ends it at once with 130. Nothing is lost
     by either. Start it several times, also on one service, and the processes share the work.
 
+    `--log info,json` writes one JSON object per line to stderr. `--http 8080` answers GET /live and GET /ready on this
+    machine; another address has to be named: `--http 0.0.0.0:8080`.
+
     **Needs** your code and the broker.
 
     **Examples**
 
     - `unlost run hello` runs the App that hello.py makes.
     - `unlost run shop.main:app --service billing` runs one service of several.
+    - `unlost run shop --http 8080 --log info,json` for those who watch over it.
     """
     _log_to_stderr(log)
     loaded = load(app, broker=broker)
@@ -57,25 +72,102 @@ def run(
     names = service or [s.name for s in loaded.app.services]
     if json:
         print_json("run/1", {"state": "starting", "services": names})
-    loaded.app.run(service)
+    _run(loaded, service, http)
     if json:
         print_json("run/1", {"state": "ended", "services": names, "broker": config.hide_secrets(loaded.app.url)})
     return 0
+
+
+def _run(loaded: Loaded, services: list[str] | None, http: str | None) -> None:
+    where, source = config.setting("http", flag=http)
+    if not where:
+        loaded.app.run(services)
+        return
+    from unlost.ops.health import Health, address
+
+    with Health(loaded.app, address(where, source)) as health:
+        note(f"unlost: health on http://{health.address}/live and /ready")
+        loaded.app.run(services)
+
+
+# --- what is logged ------------------------------------------------------------------------------------------
+
+
+_CODE = re.compile(r"\bUL[1-9]\d{3}\b")
 
 
 class _Clean(logging.Formatter):
     """Log lines quote events; their control characters must not reach the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return clean_lines(super().format(record))
+        return config.hide_secrets_within(clean_lines(super().format(record)))
+
+
+class _Json(logging.Formatter):
+    """One object on one line, in ASCII: whatever an event has in it, it stays one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        exception = self.formatException(record.exc_info) if record.exc_info else record.exc_text
+        if record.stack_info:
+            exception = f"{exception or ''}\n{record.stack_info}".lstrip()
+        at = rfc3339(int(record.created * 1e6))
+        return _json_line(at, record.levelname.lower(), record.name, record.getMessage(), exception or "")
+
+
+def _json_line(at: str, level: str, logger: str, message: str, exception: str = "") -> str:
+    message, exception = (config.hide_secrets_within(text[:TEXT_MAX]) for text in (message, exception))
+    members: dict[str, object] = {"time": at, "level": level, "logger": logger, "message": message}
+    code = _CODE.search(message) or _CODE.search(exception)
+    if code is not None:
+        members["code"] = code[0]
+    members["pid"] = os.getpid()
+    if exception:
+        members["exception"] = exception
+    return stdlib_json.dumps(members)
+
+
+class _Lines(io.TextIOBase):
+    """In the place of stderr: what is written there without a logger is an object per line as well."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._begun = ""
+
+    def write(self, text: str) -> int:
+        self._begun += text
+        if self._begun.endswith("\n"):  # what was written in one go stays together
+            said, self._begun = self._begun.rstrip("\n"), ""
+            if said:
+                level = "error" if _CODE.match(said) else "info"
+                self._stream.write(_json_line(rfc3339(REAL.now()), level, "stderr", said) + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return False  # no colours
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "ascii"
 
 
 def _log_to_stderr(flag: str | None) -> None:
     setting = config.setting("log", flag=flag)
-    if setting.value.lower() not in LEVELS:
+    level, comma, form = (part.strip().lower() for part in setting.value.partition(","))
+    if level not in LEVELS or (comma and form != "json"):
         raise UsageError(
-            "UL1319", f"the log level is one of {', '.join(LEVELS)}", found=f"{setting.value!r} from {setting.source}"
-        )
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Clean("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=setting.value.upper(), handlers=[handler])
+            "UL1319", f"the log level is one of {', '.join(LEVELS)}; {level if level in LEVELS else 'info'},json makes it JSON",
+            found=f"{setting.value!r} from {setting.source}",
+        )  # fmt: skip
+    handler = logging.StreamHandler(sys.stderr)
+    if comma:
+        handler.setFormatter(_Json())
+        sys.stderr = _Lines(sys.stderr)
+    else:
+        handler.setFormatter(_Clean("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])

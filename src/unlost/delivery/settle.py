@@ -46,6 +46,15 @@ class Settler:
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
 
     @property
+    def settled(self) -> int:
+        """How many outcomes are durable, or were fenced."""
+        return self._settled
+
+    @property
+    def idle(self) -> bool:
+        return self._settled == self._put
+
+    @property
     def full(self) -> bool:
         """Whether runners should wait in `room`."""
         return self._waiting >= BUFFER_MAX

@@ -72,6 +72,7 @@ REQUESTS_SECONDS = 0.25  # how often operators' requests are looked for
 ACK_SECONDS = 1.0  # how often the broker is told how far its log was handled, where it keeps that
 AGAIN_SECONDS = 0.5  # between two attempts at what the world refused
 WATCH_SECONDS = 0.05  # precision of deadlines
+STALLED_SECONDS = 30.0  # a handler so long past its deadline, or outcomes that wait so long for the store, stand still
 SAVE_SECONDS = 10.0  # how long a stop waits for the store
 CANCEL_AGAIN_SECONDS = 1.0
 CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when the service stops
@@ -129,6 +130,7 @@ class Worker:
         self._changed = asyncio.Event()
         self._threads: ThreadPoolExecutor | None = None
         self._failure: asyncio.Future[None] | None = None
+        self._seen_settled = (-1, 0.0)  # how many outcomes were settled when somebody looked, and since when
         self._recent: dict[
             tuple[str, str], tuple[Owned, int]
         ] = {}  # handled by this process lately, perhaps not yet durable
@@ -1017,6 +1019,22 @@ class Worker:
         for name in self._held:  # one of these lanes may have been the next
             self._let_on(name)
 
+    def trouble(self) -> str:
+        """Why it is not at work, in words; empty: it is. For those who look now and then, in its own event loop."""
+        if self._member is None or self._failure is None:
+            return "it has not joined yet"
+        if self._failure.done() or self._stopping:
+            return "it ends"
+        now, settled = self.world.monotonic(), self._settler.settled
+        for run in self._running.values():
+            if late := run.late(now, STALLED_SECONDS):
+                return late
+        if self._settler.idle or settled != self._seen_settled[0]:
+            self._seen_settled = (settled, now)
+        elif now - self._seen_settled[1] > STALLED_SECONDS:
+            return f"its outcomes have waited for the store for more than {STALLED_SECONDS:g} s"
+        return ""
+
     async def stop(self, grace: float = 20.0) -> None:
         """Finishes what is in the handlers' hands, or gives it back; saves; leaves the group.
 
@@ -1220,6 +1238,13 @@ class _Running:
             self._cancelled = now
             self._cancels += 1
             self.task.cancel()
+
+    def late(self, now: float, seconds: float) -> str:
+        """In words, if its handler goes on so long after its deadline."""
+        d = self._delivery
+        if d is None or now - self._since <= d.handler.deadline + seconds:
+            return ""
+        return f"the handler {d.handler.name} goes on after its deadline of {d.handler.deadline:g} s"
 
     def close(self) -> None:
         self._hands.close()

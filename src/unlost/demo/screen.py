@@ -178,9 +178,9 @@ class Screen:
             return
         self.say("Nothing was lost. Do not take our word for it:")
         self.say("  unlost demo --break ack-first     the same run with a classic bug: the audit names what it lost")
-        customer = orders[min(17, len(orders)) - 1].customer_id
+        some = orders[min(17, len(orders)) - 1].id
         cd = f"cd {shown(folder).removeprefix('./')}"
-        self.say(f"  {cd:<33} then: unlost audit · unlost dead list · unlost tail --key {customer}")
+        self.say(f"  {cd:<33} then: unlost audit · unlost dead list · unlost trace {some}")
         names = {
             "BROKER": place.shown if place.on_kafka else "",
             "STORE": place.store_shown if place.on_postgres else "",
