@@ -18,7 +18,7 @@ from kafka_kit import a_store, counts, dead, everything, send, serving, until, u
 
 from servers.kafka import Kafka
 from unlost import App, Context, Event, Service, Topic
-from unlost.delivery import note
+from unlost.delivery import note, worker
 from unlost.events import partition_of
 from unlost.events.topic import Foreign, Unit
 from unlost.ops import shelf
@@ -249,6 +249,41 @@ async def test_kafkas_own_tool_shows_how_far_we_are(
     (place,) = consumer.committed([TopicPartition(topic, 0)], 10)
     consumer.close()
     assert place.offset == 10
+
+
+async def test_who_stops_in_the_middle_of_an_acknowledgement_still_says_goodbye(
+    kafka: Kafka, fresh_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the group would not know how far the store was, and a restored backup could not be told from it."""
+    a_store(monkeypatch, tmp_path)
+    monkeypatch.setattr(worker, "ACK_SECONDS", 0.05)
+    service, done = Service("billing"), []
+
+    @service.on(OrderPlaced)
+    async def take(order: OrderPlaced) -> None:
+        done.append(order.order_id)
+
+    app = App(service, broker=url_of(kafka, fresh_prefix), topics=[Topic("order", partitions=1)])
+    group, topic = f"{fresh_prefix}.billing", f"{fresh_prefix}.order"
+    asked = asyncio.Event()
+    async with serving(app):
+        original = type(app.store).progress
+
+        async def slow_once(self: Any, units: Any) -> Any:
+            if not asked.is_set():
+                asked.set()
+                await asyncio.Event().wait()  # until the service stops
+            return await original(self, units)
+
+        monkeypatch.setattr(type(app.store), "progress", slow_once)
+        await app.publish_all([OrderPlaced(order_id=f"{n}", cents=1) for n in range(3)])
+        await until(asked.is_set)
+        await until(lambda: len(done) == 3)
+    monkeypatch.undo()
+    consumer = Consumer({"bootstrap.servers": kafka.internal, "group.id": group})
+    (place,) = consumer.committed([TopicPartition(topic, 0)], 10)
+    consumer.close()
+    assert place.offset == 3
 
 
 def _done_above(text: str) -> int:

@@ -941,7 +941,13 @@ class Worker:
             owned.unacked = False
         acks = []
         by_unit = {owned.unit: owned for owned in chosen}
-        for snapshot in await self._insist(self._store.progress, list(by_unit)):
+        try:
+            snapshots = await self._insist(self._store.progress, list(by_unit))
+        except BaseException:  # also when the service stops in the middle of it: its last word is still to be said
+            for owned in chosen:
+                owned.unacked = True
+            raise
+        for snapshot in snapshots:
             text, share = note.encode(self._store.id, snapshot)
             owned = by_unit[snapshot.unit]
             wide = share >= note.NARROW
