@@ -471,6 +471,10 @@ is; and each run ends with a comparison of what was published with what is in th
   until a bare member of it has it.
 - Settled marks: filled by SQL with the indexes made after it; then the same runs on each of the three databases in turn,
   16 at a time.
+- With 16 clients both sides are bound by the processors. Making an event (id, JSON, envelope, 18 columns) takes 18 µs by
+  itself and 60 to 100 µs between 16 clients on two cores, and the loop by hand makes none; with nothing but that added to
+  it, it reaches 0.75 to 0.8. On the user's own connection a transaction asks which database it is in, and takes five trips
+  where a connection of ours takes three.
 
 ## The same work
 
