@@ -330,14 +330,9 @@ class App:
             OutcomeUnknown: the deadline passed, or the call was cancelled.
             UsageError: the event cannot be published; it never will be.
         """
+        now = self.world.now()
         envelope = seal(
-            event,
-            source=self.name,
-            id=id,
-            occurred_at=occurred_at,
-            headers=headers,
-            command=False,
-            now=self.world.now(),
+            event, source=self.name, id=id, occurred_at=occurred_at, headers=headers, command=False, now=now
         )
         return (await self._accept([envelope], deadline))[0]
 
@@ -492,9 +487,8 @@ class App:
                 fix="UNLOST_STORE=postgresql://… if it is the store's; else App(outboxes=['sqlite:///path/shop.db']) or "
                 "App(outboxes=['postgresql://…'])",
             )  # fmt: skip
-        return self._doors.get(url) or self._doors.setdefault(
-            url, place_of(url)
-        )  # no lock: a fork may come at any time
+        # no lock: a fork may come at any time
+        return self._doors.get(url) or self._doors.setdefault(url, place_of(url))
 
     async def accept(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
         """Publishes ready-made envelopes (for tools; programs publish typed events)."""

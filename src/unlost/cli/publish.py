@@ -127,6 +127,8 @@ class _Lines:
         self._app = app
         self._cls = cls
         self._json = as_json
+        # queues of which it is not known yet that a service is there for them
+        self._unchecked = {c.__unlost__.topic for c in event_classes() if c.__unlost__.is_command}
         self._number = 0
         self._accepted = 0
         self._refused = 0
@@ -146,7 +148,6 @@ class _Lines:
 
     def _publish(self, runner: asyncio.Runner, lines: list[bytes]) -> None:
         batch: list[tuple[int, Envelope]] = []
-        queues = {cls.__unlost__.topic for cls in event_classes() if cls.__unlost__.is_command}
         for raw in lines:
             self._number += 1
             if not raw.strip():
@@ -156,8 +157,9 @@ class _Lines:
                     raise UsageError("UL1327", f"a line has at most {LINE_BYTES_MAX} bytes")
                 envelope = read_line(raw, self._cls, source=self._app.name, now=REAL.now())
                 self._app.broker.check(envelope)
-                if envelope.topic in queues:
+                if envelope.topic in self._unchecked:
                     runner.run(self._app.check_queue(envelope.topic))
+                    self._unchecked.remove(envelope.topic)
                 batch.append((self._number, envelope))
             except UnlostError as e:
                 self._refuse(e, self._number)
