@@ -381,7 +381,7 @@ class Worker:
     async def _look_again(self, d: Delivery, error: BaseException) -> BaseException:
         """Its transaction began without a look at the inbox: did it fail because the event was handled meanwhile?"""
         d.looked = False
-        if d.handler.guarantee != "effectively-once" or isinstance(error, Misconfigured | Fenced):
+        if d.handler.guarantee != "effectively-once" or isinstance(error, AlreadyHandled | Misconfigured | Fenced):
             return error
         inbox = self._inbox(d)
         with contextlib.suppress(Unavailable):  # the next attempt will ask
