@@ -33,6 +33,7 @@ from typing import Any
 
 import apsw
 from checker import Contract, Expectation, check
+from child import follow
 from evidence import Effect, Journal, read
 
 import unlost.delivery.worker as worker_module
@@ -846,7 +847,7 @@ def fork(work: Callable[[], None], log: int) -> int:
     code = 70
     try:
         os.dup2(log, 2)
-        watch = threading.Thread(target=_follow, args=(parent,), daemon=True)
+        watch = threading.Thread(target=follow, args=(parent,), daemon=True)
         watch.start()
         work()
         code = 0
@@ -857,12 +858,6 @@ def fork(work: Callable[[], None], log: int) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(72)
 
 
 def main() -> int:

@@ -7,11 +7,8 @@ process (the client of Kafka has threads, which no fork survives) and costs some
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +16,8 @@ from typing import Any
 
 import apsw
 from checker import Contract, check
+from child import Child as Process
+from child import context
 from evidence import Effect, Journal, read
 from kafka_books import Note, Unit, balance, noted, positions
 from workload import SCHEMA, effects
@@ -30,72 +29,20 @@ from unlost.testing import sabotage, sabotage_kafka
 # what makes a member be missed soon, and still lets a busy machine of two cores breathe
 QUICK = "session.timeout.ms=1500&heartbeat.interval.ms=300"
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context.set_forkserver_preload(
     ["pytest", "apsw", "confluent_kafka.admin", "unlost", "unlost.ops.shelf", "unlost.brokers.kafka.broker"]
 )
 
 
-class Child:
-    """One process of the proof. It dies with its parent."""
-
-    def __init__(
-        self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]
-    ) -> None:
-        self.name = name
-        self._process = _context.Process(target=_enter, args=(str(log), env, work, args), name=name, daemon=True)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-        self.killed = False
-
-    @property
-    def code(self) -> int | None:
-        """How it ended; None while it runs."""
-        return self._process.exitcode
-
-    def signal(self, number: int) -> None:
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        self.killed = True
-        self.signal(signal.SIGKILL)
-        self._process.join(30)
-
-    def end(self, seconds: float = 60) -> int:
-        """SIGTERM; returns its exit code."""
-        self.signal(signal.SIGTERM)
-        return self.wait(seconds)
-
-    def wait(self, seconds: float = 60) -> int:
-        self._process.join(seconds)
-        if self.code is None:
-            raise TimeoutError(f"{self.name} did not end within {seconds:g} s")
-        return self.code
-
-
-def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]) -> None:
-    os.environ.update(env)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    parent = os.getppid()
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+def _plant() -> None:
     for bug in os.environ.get(sabotage.VARIABLE, "").split("+"):  # two lines may guard the same
         os.environ[sabotage.VARIABLE] = bug
         if not sabotage_kafka.from_environment():
             sabotage.from_environment()
-    work(*args)
-    sys.stderr.flush()
 
 
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(72)
+class Child(Process):
+    prepare = staticmethod(_plant)
 
 
 class Stage:

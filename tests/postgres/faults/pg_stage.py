@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,8 @@ from urllib.parse import urlsplit
 
 import apsw
 import psycopg
+from child import Child as Process
+from child import context
 from evidence import Journal
 from pg_checker import Counters, Effect, Found, Logged, Ordered, check
 
@@ -46,8 +46,7 @@ create table till (id integer primary key, moved bigint not null);
 insert into till select n, 0 from generate_series(0, 7) n;
 """
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context.set_forkserver_preload(
     [
         "pytest",
         "apsw",
@@ -61,58 +60,14 @@ _context.set_forkserver_preload(
 )
 
 
-class Child:
-    """One process of the proof. It dies with its parent."""
-
-    def __init__(
-        self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]
-    ) -> None:
-        self.name = name
-        self._process = _context.Process(target=_enter, args=(str(log), env, work, args), name=name, daemon=True)
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
-        self.killed = False
-
-    @property
-    def code(self) -> int | None:
-        """How it ended; None while it runs."""
-        return self._process.exitcode
-
-    def signal(self, number: int) -> None:
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        self.killed = True
-        self.signal(signal.SIGKILL)
-        self._process.join(30)
-
-    def end(self, seconds: float = 60) -> int:
-        """SIGTERM; returns its exit code."""
-        self.signal(signal.SIGTERM)
-        return self.wait(seconds)
-
-    def wait(self, seconds: float = 60) -> int:
-        self._process.join(seconds)
-        if self.code is None:
-            raise TimeoutError(f"{self.name} did not end within {seconds:g} s")
-        return self.code
-
-
-def _enter(log: str, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]) -> None:
-    os.environ.update(env)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
+def _prepare() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(process)d %(name)s: %(message)s")
     logging.getLogger("psycopg").setLevel(logging.ERROR)
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     plant(os.environ.get(sabotage.VARIABLE, ""))
-    work(*args)
-    sys.stderr.flush()
+
+
+class Child(Process):
+    prepare = staticmethod(_prepare)
 
 
 def _command(*words: str) -> None:
@@ -129,12 +84,6 @@ def plant(bugs: str) -> None:
         os.environ[sabotage.VARIABLE] = bug
         if not sabotage_postgres.from_environment():
             sabotage.from_environment()
-
-
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(72)
 
 
 class Machine(NamedTuple):
