@@ -414,7 +414,9 @@ class Loop:
         if child is None:
             return
         code = child.end(60)
-        if code not in (0, -signal.SIGTERM, -signal.SIGKILL):
+        if code == COULD_NOT_START and self.kafka is not None:
+            self.report.by_kind["could not start"] += 1
+        elif code not in (0, -signal.SIGTERM, -signal.SIGKILL):
             self.report.wrong.append(f"{name} ended with {code} after its SIGTERM; see {self.stage.log}")
 
 

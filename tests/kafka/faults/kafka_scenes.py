@@ -41,6 +41,7 @@ import unlost.delivery.worker as worker_module
 import unlost.sqlite.process as process_module
 from unlost import App, Context, OutcomeUnknown, Retry, Service, Topic
 from unlost.brokers.kafka.broker import KafkaBroker
+from unlost.brokers.kafka.member import KafkaMember
 from unlost.events import seal
 from unlost.events.codec import to_headers
 from unlost.ops import shelf
@@ -214,13 +215,26 @@ def publish_through_failure(life: Life, uids: Sequence[str]) -> None:
 
 
 def _fake_client(kind: str) -> None:
-    """`skips`: once, the client leaves out the message at position 5 and hands over the next ones, some at a time."""
-    real = member_module.Consumer
+    """`skips`: once, the client leaves out the message at position 5 and hands over the next ones, some at a time.
+
+    When the member has seen the hole and asks for it again, one more read of the old kind is already under way.
+    """
+    real, go_to = member_module.Consumer, KafkaMember._go_to
+    asked = threading.Event()
+
+    def noted(self: KafkaMember, *where: Any) -> None:
+        go_to(self, *where)
+        if Skips.beyond:
+            asked.set()
 
     class Skips(real):  # type: ignore[misc,valid-type]
         left = 1
+        beyond = False  # whether one was handed over that follows the hole
 
         def poll(self, timeout: float = -1) -> Any:
+            if Skips.beyond:
+                asked.wait(3)
+                asked.set()
             return self._filter([m for m in (super().poll(timeout),) if m is not None], one=True)
 
         def consume(self, num_messages: int = 1, timeout: float = -1) -> Any:
@@ -233,10 +247,12 @@ def _fake_client(kind: str) -> None:
                     self.left -= 1
                 else:
                     kept.append(m)
+                    Skips.beyond |= m.error() is None and m.offset() > 5
             return (kept[0] if kept else None) if one else kept
 
     assert kind == "skips"
     member_module.Consumer = Skips  # type: ignore[misc]
+    KafkaMember._go_to = noted  # type: ignore[method-assign]
 
 
 def _hold_first_commit(life: Life) -> None:
@@ -319,7 +335,7 @@ class Scene(Stage):
         super().__init__(folder, bootstrap, prefix, options="session.timeout.ms=1000&heartbeat.interval.ms=200")
         self.bug = bug
         self.found: set[str] = set()
-        self.patience = 5.0 if bug else 30.0
+        self._before = self._marks()  # what there was before the newest child began
         self._journal = self.journal("director")
         self._watching = threading.Event()
 
@@ -329,6 +345,7 @@ class Scene(Stage):
 
     def life(self, name: str, **more: Any) -> tuple[Child, Life]:
         life = Life(self.folder, name, **more)
+        self._before = self._marks()
         return self.begin(name, live, life, env=self.env), life
 
     def publish(
@@ -338,13 +355,22 @@ class Scene(Stage):
         return self.begin("publisher", work, life, uids, env=self.env).wait()
 
     def soon(self, holds: Callable[[], Any]) -> bool:
-        """Waits for a condition that a planted bug may prevent; patience is shorter with one."""
-        end = time.monotonic() + self.patience
+        """Waits for a condition that a planted bug may prevent; with one, only until nothing moves any more."""
+        end = time.monotonic() + 60
+        marks, still = self._before, time.monotonic()
         while not holds():
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if (found := self._marks()) != marks:
+                marks, still = found, now
+            if now > end or (self.bug and marks != self._before and now - still > 5):
                 return False
             time.sleep(0.03)
         return True
+
+    def _marks(self) -> tuple[int, ...]:
+        """They change with whatever a child says, notes or does."""
+        files = [self.log, *sorted(self.evidence.iterdir())]
+        return (*(path.stat().st_size for path in files if path.exists()), len(self.effects()))
 
     def all_done(self, service: str, uids: Sequence[str]) -> bool:
         return self.soon(lambda: set(self.completed(service)) >= set(uids))

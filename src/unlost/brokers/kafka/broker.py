@@ -222,8 +222,7 @@ class KafkaBroker:
                 check_against(topic, there[prefix + topic.name])
         missing = [t for t in topics if prefix + t.name not in there]
         if missing:
-            self.cluster.create(missing)
-            there |= self.cluster.describe([prefix + t.name for t in missing])
+            there |= self.cluster.create(missing)
             for topic in missing:
                 check_against(topic, there[prefix + topic.name])  # somebody else may have been faster
         for topic in topics:
@@ -242,8 +241,7 @@ class KafkaBroker:
         missing = [Topic(name, partitions) for name in names if prefix + name not in there]
         if missing:
             check_declared(missing)
-            self.cluster.create(missing)
-            there |= self.cluster.describe([prefix + t.name for t in missing])
+            there |= self.cluster.create(missing)
         self._remember(there)
 
     def _remember(self, there: dict[str, Described]) -> None:

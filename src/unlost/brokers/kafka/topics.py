@@ -217,8 +217,8 @@ class Cluster:
 
         return self._patiently(ask, "looking up positions")
 
-    def create(self, topics: Sequence[Topic]) -> None:
-        """Makes topics that are missing; one that somebody else makes at the same time is as good."""
+    def create(self, topics: Sequence[Topic]) -> dict[str, Described]:
+        """Makes topics that are missing; one that somebody else makes at the same time is as good. Returns them all."""
         prefix = self.settings.prefix
         wanted = []
         for topic in topics:
@@ -244,23 +244,29 @@ class Cluster:
                     },
                 )
             )  # fmt: skip
-        self.make(wanted)
+        return self.make(wanted)
 
-    def make(self, wanted: Sequence[NewTopic]) -> None:
+    def make(self, wanted: Sequence[NewTopic]) -> dict[str, Described]:
         for name, future in self.admin.create_topics(list(wanted), request_timeout=ADMIN_SECONDS).items():
             try:
                 self._wait(future)
             except KafkaException as e:
                 if e.args[0].name() != "TOPIC_ALREADY_EXISTS":
                     raise sorted_error(e, f"creating topic {name}") from None
-        self._until_visible([topic.topic for topic in wanted])
+        return self._when_visible({topic.topic for topic in wanted})
 
-    def _until_visible(self, names: Sequence[str]) -> None:
-        """A new topic reaches each broker a moment later."""
+    def _when_visible(self, names: set[str]) -> dict[str, Described]:
+        """A new topic reaches each broker a moment later, so the next that is asked may know less than the last."""
         end = REAL.monotonic() + VISIBLE_SECONDS
-        while len(self.describe(names)) < len(names):
+        seen: dict[str, Described] = {}
+        while True:
+            seen |= self.describe(names - seen.keys())
+            if seen.keys() == names:
+                return seen
             if REAL.monotonic() > end:
-                raise Unavailable("UL2110", "a topic that was just made cannot be seen yet", found=", ".join(names))
+                raise Unavailable(
+                    "UL2110", "a topic that was just made cannot be seen yet", found=", ".join(sorted(names - seen.keys())),
+                )  # fmt: skip
             REAL.pause(0.05)
 
     def _wait(self, future: Future[T]) -> T:
