@@ -431,7 +431,7 @@ NEEDS = {  # which services a contract is about, where its name does not say it
 }
 CUTS = ("Produce", "Fetch", "OffsetCommit", "JoinGroup", "SyncGroup", "Heartbeat", "OffsetFetch", "FindCoordinator",
         "Metadata", "InitProducerId", "ListOffsets", "LeaveGroup")  # fmt: skip
-VERBS = {"broker killed": "broker_kill", "zombie": "zombie", "SIGTERM": "leave"}
+VERBS = {"at any moment": "kill", "broker killed": "broker_kill", "zombie": "zombie", "SIGTERM": "leave"}
 KILLS = {"kill": 6, "kill_early": 2, "kill_all": 0.3, "pause": 0.7, "leave": 0.6}
 
 

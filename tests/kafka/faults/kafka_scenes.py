@@ -33,6 +33,7 @@ from confluent_kafka.admin import NewPartitions, NewTopic
 from evidence import Journal, read
 from kafka_books import Unit, admin
 from kafka_stage import Child, Stage, stopped
+from patience import Patience
 from workload import Echoed, Ordered, value_of
 
 import unlost.brokers.kafka.member as member_module
@@ -335,7 +336,7 @@ class Scene(Stage):
         super().__init__(folder, bootstrap, prefix, options="session.timeout.ms=1000&heartbeat.interval.ms=200")
         self.bug = bug
         self.found: set[str] = set()
-        self._before = self._marks()  # what there was before the newest child began
+        self._patience = Patience(self._marks, hurried=bool(bug))
         self._journal = self.journal("director")
         self._watching = threading.Event()
 
@@ -345,7 +346,7 @@ class Scene(Stage):
 
     def life(self, name: str, **more: Any) -> tuple[Child, Life]:
         life = Life(self.folder, name, **more)
-        self._before = self._marks()
+        self._patience.begin()
         return self.begin(name, live, life, env=self.env), life
 
     def publish(
@@ -355,17 +356,8 @@ class Scene(Stage):
         return self.begin("publisher", work, life, uids, env=self.env).wait()
 
     def soon(self, holds: Callable[[], Any]) -> bool:
-        """Waits for a condition that a planted bug may prevent; with one, only until nothing moves any more."""
-        end = time.monotonic() + 60
-        marks, still = self._before, time.monotonic()
-        while not holds():
-            now = time.monotonic()
-            if (found := self._marks()) != marks:
-                marks, still = found, now
-            if now > end or (self.bug and marks != self._before and now - still > 5):
-                return False
-            time.sleep(0.03)
-        return True
+        """Waits for a condition that a planted bug may prevent."""
+        return self._patience.soon(holds)
 
     def _marks(self) -> tuple[int, ...]:
         """They change with whatever a child says, notes or does."""

@@ -434,7 +434,7 @@ class Loop:
 
 
 VERBS = {
-    "zombie": "zombie", "SIGTERM": "leave", "server stopped at once": "server_stops", "server killed": "server_killed",
+    "at any moment": "kill", "zombie": "zombie", "SIGTERM": "leave", "server stopped at once": "server_stops", "server killed": "server_killed",
     "sessions ended": "terminate", "answers lost": "answers_lost", "requests lost": "cut", "a machine at once": "kill_machine",
 }  # fmt: skip
 FAULTS = {

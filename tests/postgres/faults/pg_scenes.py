@@ -24,6 +24,7 @@ from typing import Any
 import psycopg
 import pytest
 from evidence import Journal
+from patience import Patience
 from pg_checker import CREATED, PLACED, SERVICES, kinds
 from pg_loop import SERVER, hurry
 from pg_shop import INSERT, TOPICS, Meant, chosen, make_services, place, row
@@ -516,10 +517,11 @@ class Scene(Stage):
         super().__init__(folder, postgres.fresh(), bug=bug or "", **more)
         self.postgres = postgres
         self.found: set[str] = set()
-        self.patience = 5.0 if bug else 40.0
+        self._patience = Patience(self._marks, hurried=bool(bug))
 
     def life(self, name: str, *, machine: Machine | None = None, **more: Any) -> tuple[Child, Life]:
         life = Life(self.folder, name, machine or self.machine(), **more)
+        self._patience.begin()
         return self.begin(name, life.machine, live, life), life
 
     def place(self, groups: Sequence[Sequence[Order]] | Sequence[Order], mishap: str = "", **more: Any) -> int:
@@ -529,15 +531,13 @@ class Scene(Stage):
         return self.begin(life.name, life.machine, placing, life, transactions, mishap).wait()
 
     def soon(self, holds: Callable[[], Any]) -> bool:
-        """Waits for a condition that a planted bug may prevent; patience is shorter with one."""
-        end = time.monotonic() + self.patience
-        while not holds():
-            if time.monotonic() > end:
-                if self.bug:  # it has come to light: what follows will not come either
-                    self.patience = 1.0
-                return False
-            time.sleep(0.03)
-        return True
+        """Waits for a condition that a planted bug may prevent."""
+        return self._patience.soon(holds)
+
+    def _marks(self) -> tuple[int, ...]:
+        """They change with whatever a child says, notes, reaches or does."""
+        notes = [path.stat().st_size for path in sorted(self.evidence.iterdir())]
+        return (*notes, len(list(self.folder.iterdir())), self.said().count("unlost: "), len(self.effects()))
 
     def reached(self, life: Life, what: str = "is there") -> bool:
         if self.soon(life.file(what).exists):
@@ -552,7 +552,7 @@ class Scene(Stage):
     def quiet(self, open_: int) -> None:
         """Until nothing is under way but what a trap holds up, which are so many open transactions: whoever is stopped in
         the middle of a commit of the broker's file holds everybody up."""
-        end = time.monotonic() + self.patience
+        end = time.monotonic() + (10 if self.bug else 40)
         since, before = time.monotonic(), None
         while time.monotonic() - since < 0.3:
             busy = self.sql(
@@ -595,6 +595,8 @@ class Scene(Stage):
                 code = child.code or 0
             if code not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):  # before it began to serve
                 self.found.add("ended badly")
+                with self.log.open("a") as log:
+                    log.write(f"{child.name} ended with {code}\n")
 
     def refused(self, child: Child, code: str) -> None:
         """The child must end by itself and say why."""

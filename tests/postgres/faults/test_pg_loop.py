@@ -6,6 +6,7 @@ seed decides what is done to whom; the machine decides what that hits. A failure
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ LEAST = {"server stopped at once": 1, "server killed": 1, "sessions ended": 3, "
 
 def loop(folder: Path, least: Mapping[str, int], *, seconds: float = SECONDS, **more: Any) -> Report:
     require_postgres(own=True)
+    least = {**least, "at any moment": math.ceil(seconds / 3)}
     with Postgres.start(settings=SERVER, own=True) as postgres:
         report = play(folder / "history", postgres, seconds=seconds, orders=int(seconds * 14), least=least, **more)
     assert report.kills >= seconds / 3, f"too slow: {report}"
