@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unlost.delivery.outbox import Outbox
     from unlost.delivery.service import Guarantee, Service
     from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
-    from unlost.events import Command, Event, Sensitive
+    from unlost.events import Command, Event, Sensitive, upcast
     from unlost.events.topic import Topic
     from unlost.store.port import Store
 
@@ -42,6 +42,7 @@ __all__ = [
     "UnlostError",
     "UsageError",
     "__version__",
+    "upcast",
 ]
 
 # Each name is imported when it is first used: the pytest plugin and the command line load this package in programs
@@ -67,6 +68,7 @@ _WHERE = {
     "Unavailable": "errors",
     "UnlostError": "errors",
     "UsageError": "errors",
+    "upcast": "events",
 }
 
 

@@ -186,6 +186,8 @@ class App:
             self._entering.release()
 
     async def _connect(self) -> None:
+        for service in self.services:
+            service.catalog.check_steps()
         self.url = config.setting("broker", code=self.broker_url).value
         store_url = config.setting("store", code=self.store_url).value
         elsewhere = is_postgres(store_url)

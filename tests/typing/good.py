@@ -1,7 +1,11 @@
 """What type checkers accept. Run by test_typing.py, never imported."""
 
-from typing import assert_type
+from typing import Any, assert_type
 
+import pydantic
+
+import unlost.pydantic
+from unlost import Context, Service, upcast
 from unlost.events import Catalog, Command, Event, Sensitive, decode_data, key_of, seal
 
 
@@ -39,3 +43,34 @@ assert_type(key_of(SendReceipt(customer_id="c")), bytes | None)
 envelope = seal(event, source="shop", now=0)
 assert_type(decode_data(envelope, OrderTotal), OrderTotal)
 assert_type(Catalog([OrderCreated, SendReceipt]).decode(envelope, OrderCreated), OrderCreated)
+
+
+@upcast(OrderCreated, from_version=1)
+def with_email(data: dict[str, Any]) -> dict[str, Any]:
+    return {**data, "email": "nobody"}
+
+
+assert_type(with_email({}), dict[str, Any])
+
+
+class OrderPaid(unlost.pydantic.Event, key="order_id"):
+    order_id: str
+    cents: int = pydantic.Field(ge=0)
+    email: Sensitive[str] = "nobody"
+
+
+class SendBill(unlost.pydantic.Command, queue="bills"):
+    order_id: str
+
+
+paid = OrderPaid(order_id="A1", cents=3)
+assert_type(paid.email, str)
+assert_type(key_of(paid), bytes | None)
+assert_type(paid.model_dump(), dict[str, Any])
+billing = Service("billing")
+
+
+@billing.on(OrderPaid)
+async def bill(event: OrderPaid, ctx: Context) -> None:
+    ctx.publish(event)
+    ctx.send(SendBill(order_id=event.order_id))

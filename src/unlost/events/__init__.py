@@ -10,6 +10,7 @@ from unlost.events.codec import (
     encode_head,
     from_headers,
     from_json,
+    peek_head,
     to_headers,
     to_json,
 )
@@ -34,6 +35,7 @@ from unlost.events.model import (
 )
 from unlost.events.naming import NamingWarning, check_past_tense
 from unlost.events.partition import murmur2, partition_of
+from unlost.events.upcast import steps_of, upcast
 
 __all__ = [
     "MAX_EVENT_BYTES",
@@ -61,10 +63,13 @@ __all__ = [
     "key_of",
     "murmur2",
     "partition_of",
+    "peek_head",
     "redacted",
     "seal",
     "sensitive_fields",
+    "steps_of",
     "to_headers",
     "to_json",
     "try_decode",
+    "upcast",
 ]

@@ -7,9 +7,10 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from unlost.errors import Undecodable, UsageError
-from unlost.events.data import decode_data, decoder_of
+from unlost.events.data import codec_of, decode_data
 from unlost.events.envelope import Envelope, check_key_not_sensitive
 from unlost.events.model import Event
+from unlost.events.upcast import Step, bring_up, steps_of
 
 UNKNOWN_VERSION = "UL5003"
 """The code of `Undecodable` for an event that is newer than its class."""
@@ -53,7 +54,7 @@ class Catalog:
                 found=f"{known.__module__}.{known.__qualname__} and {cls.__module__}.{cls.__qualname__}",
                 fix="use one class in this service, or make another service for the second",
             )
-        decoder_of(cls)
+        codec_of(cls)
         check_key_not_sensitive(cls)
         self._by_type[spec.type] = cls
 
@@ -69,9 +70,9 @@ class Catalog:
     def decode(self, envelope: Envelope, cls: type[E]) -> E:
         """The typed event in an envelope.
 
-        Events of the class's version and older ones are read; a view reads any version.
-        Raises `Undecodable`: UL5003 for a newer version (see `UNKNOWN_VERSION`), UL5004 to UL5006 for
-        data that `cls` cannot read.
+        Events of the class's version and older ones are read, the older ones through its upcasters; a view reads any
+        version. Raises `Undecodable`: UL5003 for a newer version (see `UNKNOWN_VERSION`), UL5004 to UL5006 for data that
+        `cls` cannot read, UL1375 and UL1376 for what its upcasters cannot.
         """
         spec = cls.__unlost__
         if envelope.eventversion > spec.version and spec.view_of is None:
@@ -81,4 +82,26 @@ class Catalog:
                 found=f"version {envelope.eventversion}; {cls.__qualname__} is version {spec.version}",
                 fix="deploy the release that knows this version, then redrive the event from the shelf",
             )
+        if envelope.eventversion < spec.version and (steps := steps_of(cls)):
+            return _decode_older(envelope, cls, steps)
         return decode_data(envelope, cls)
+
+    def check_steps(self) -> None:
+        """Raises `UsageError` (UL1373, UL1374) unless the upcasters of each class lead up to its version."""
+        for cls in self._by_type.values():
+            steps_of(cls)
+
+
+def _decode_older(envelope: Envelope, cls: type[E], steps: tuple[Step, ...]) -> E:
+    risen = bring_up(envelope, steps)
+    try:
+        return decode_data(risen, cls)
+    except Undecodable as error:
+        failed = error
+    used = [step for step in steps if step.version >= envelope.eventversion]
+    raise Undecodable(
+        "UL1376",
+        f"what {', '.join(map(str, used))} made of {envelope.type} does not fit {cls.__qualname__}",
+        found=failed.found,
+        fix="correct the upcaster, then redrive the event from the shelf",
+    )

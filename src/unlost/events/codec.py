@@ -20,7 +20,7 @@ import msgspec
 
 from unlost.errors import Undecodable, UsageError
 from unlost.events.data import MAX_EVENT_BYTES, decode_data, encode_data, is_json
-from unlost.events.envelope import Envelope
+from unlost.events.envelope import Envelope, event_hash
 
 __all__ = [
     "MAX_EVENT_BYTES",
@@ -196,6 +196,28 @@ def decode_head(
         number=h.unlostnumber,
         headers=_read_headers(h.unlostheaders) if h.unlostheaders else {},
     )
+
+
+def peek_head(head: bytes) -> tuple[str, int, bool] | None:
+    """Type, `event_hash`, and whether it is version 1 in JSON, of a stored row: if `decode_head` is sure to make an envelope
+    of it. None: ask that one.
+
+    >>> peek_head(b'{"specversion":"1.0","id":"1","source":"a","type":"t","time":"2026-01-02T03:04:05.000006Z"}')[0]
+    't'
+    """
+    try:
+        h = _head(head)
+        _check_time("time", h.time)
+    except Exception:
+        return None
+    id, source, type = h.id, h.source, h.type
+    if (
+        len(head) > MAX_HEAD_BYTES or h.specversion != "1.0" or not (id and source and type) or h.unlostheaders
+        or not (id.isprintable() and source.isprintable() and type.isprintable())
+        or not 1 <= h.unlostversion < 2**31 or h.unlostnumber is not None
+    ):  # fmt: skip
+        return None
+    return type, event_hash(source, id), h.unlostversion == 1 and h.datacontenttype == JSON_TYPE
 
 
 def _from_other_head(

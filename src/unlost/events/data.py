@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import msgspec
 
 from unlost.errors import Undecodable, UsageError
 from unlost.events.model import Event, sensitive_fields
@@ -18,17 +16,18 @@ MAX_EVENT_BYTES = 4 * 1024 * 1024
 
 E = TypeVar("E", bound=Event)
 
-_encode = msgspec.json.Encoder().encode
-_decoders: dict[type, msgspec.json.Decoder[Any]] = {}
-_PLACE = re.compile(r" - at `(?:key in )?`?\$\.?([^.`\[]*)")
+Codec = tuple[Callable[[Any], bytes], Callable[[bytes], Any]]
+_codecs: dict[type, Codec] = {}
+_first: dict[type, Callable[[bytes], Any]] = {}  # what reads plain data of version 1, for classes of that version
 
 
-def decoder_of(cls: type[Event]) -> msgspec.json.Decoder[Any]:
-    """The cached decoder of a class; raises `UsageError` UL1016 if its annotations cannot be read as data."""
-    decoder = _decoders.get(cls)
-    if decoder is None:
+def codec_of(cls: type[Event]) -> Codec:
+    """The cached writer and reader of a class; raises `UsageError` UL1016 if its annotations cannot be read as data."""
+    codec = _codecs.get(cls)
+    if codec is None:
+        form = cls.__unlost_form__
         try:
-            decoder = msgspec.json.Decoder(cls)
+            codec = form.writer(cls), form.reader(cls)
         except Exception as error:
             raise UsageError(
                 "UL1016",
@@ -36,8 +35,13 @@ def decoder_of(cls: type[Event]) -> msgspec.json.Decoder[Any]:
                 found=f"{type(error).__name__}: {error}",
                 fix="use types that JSON can carry, defined where the module of the class can see them",
             ) from error
-        _decoders[cls] = decoder
-    return decoder
+        _codecs[cls] = codec
+        _first[cls] = codec[1] if cls.__unlost__.version == 1 else _older
+    return codec
+
+
+def _older(_data: bytes) -> None:
+    """An event older than its class is the catalog's to read."""
 
 
 def encode_data(event: Event) -> bytes:
@@ -47,13 +51,13 @@ def encode_data(event: Event) -> bytes:
     Raises `UsageError`: UL1013 when a field has a value that is not of its type, UL1012 when it is too large.
     """
     cls = type(event)
-    decoder = _decoders.get(cls) or decoder_of(cls)
+    write, read = _codecs.get(cls) or codec_of(cls)
     failed: Exception | None = None
     try:
-        data = _encode(event)
+        data = write(event)
         # Nothing checks a field's type when an event is created, so it is checked here, before anybody
         # accepts what no handler could ever read.
-        decoder.decode(data)
+        read(data)
     except MemoryError:
         raise
     except Exception as error:
@@ -62,7 +66,7 @@ def encode_data(event: Event) -> bytes:
         raise UsageError(
             "UL1013",
             f"the fields of {cls.__qualname__} do not have values of their types",
-            found=_what_is_wrong(failed, cls),
+            found=what_is_wrong(failed, cls),
             fix="give each field a value of its declared type; nothing was published",
         )
     if len(data) > MAX_EVENT_BYTES:
@@ -81,6 +85,30 @@ def decode_data(envelope: Envelope, cls: type[E]) -> E:
     Raises `Undecodable`: UL5004 when the data do not fit `cls`, UL5005 when they are too large,
     UL5006 when they are no JSON. The text never shows the value of a `Sensitive` field.
     """
+    data = json_of(envelope)
+    _, read = _codecs.get(cls) or codec_of(cls)
+    failed: Exception
+    try:
+        event: E = read(data)
+        return event
+    except MemoryError:
+        raise
+    except Exception as error:
+        failed = error
+    # Raised outside the `except`, so that the original error, which may quote data, is not its context.
+    raise Undecodable(
+        "UL5004",
+        f"the data of {envelope.type} do not fit {cls.__qualname__}",
+        found=what_is_wrong(failed, cls),
+        fix="correct the class or its publisher, then redrive the event from the shelf",
+    )
+
+
+def json_of(envelope: Envelope) -> bytes:
+    """The data of an envelope, if they are there and said to be JSON.
+
+    Raises `Undecodable`: UL5004 when there are none, UL5005 when they are too large, UL5006 when they are something else.
+    """
     data = envelope.data
     if data is None:
         raise Undecodable(
@@ -94,32 +122,20 @@ def decode_data(envelope: Envelope, cls: type[E]) -> E:
     kind = envelope.datacontenttype
     if kind != "application/json" and not is_json(kind):
         raise Undecodable("UL5006", "the data of an event are JSON", found=f"datacontenttype {kind!r}"[:300])
-    decoder = _decoders.get(cls) or decoder_of(cls)
-    failed: Exception
-    try:
-        event: E = decoder.decode(data)
-        return event
-    except MemoryError:
-        raise
-    except Exception as error:
-        failed = error
-    # Raised outside the `except`, so that the original error, which may quote data, is not its context.
-    raise Undecodable(
-        "UL5004",
-        f"the data of {envelope.type} do not fit {cls.__qualname__}",
-        found=_what_is_wrong(failed, cls),
-        fix="correct the class or its publisher, then redrive the event from the shelf",
-    )
+    return data
 
 
 def try_decode(data: bytes | None, cls: type[E]) -> E | None:
-    """The event in plain JSON data; None where `decode_data` has to say what is wrong.
+    """The event in plain JSON data of version 1; None where `Catalog.decode` has to say what is wrong, or to bring it up
+    to the version of its class.
 
     >>> try_decode(b"no JSON", Event) is None
     True
     """
     try:
-        return (_decoders.get(cls) or decoder_of(cls)).decode(data)  # type: ignore[arg-type,no-any-return]
+        if cls not in _first:
+            codec_of(cls)
+        return _first[cls](data)  # type: ignore[arg-type,no-any-return]
     except MemoryError:
         raise
     except Exception:
@@ -134,18 +150,8 @@ def is_json(content_type: str | None) -> bool:
     return kind.endswith(("/json", "+json"))
 
 
-def _what_is_wrong(error: Exception, cls: type[Event]) -> str:
+def what_is_wrong(error: Exception, cls: type[Event]) -> str:
+    """What was found where data do not fit a class, without the value of a `Sensitive` field."""
     if isinstance(error, RecursionError):
         return "the data are nested too deeply"
-    text = str(error)
-    hidden = sensitive_fields(cls)
-    if hidden:
-        names = dict(zip(cls.__struct_encode_fields__, cls.__struct_fields__, strict=True))  # type: ignore[attr-defined]
-        place = _PLACE.search(text)
-        field = place.group(1) if place else ""
-        # An error of the user's own checks names no field, and may quote any.
-        if names.get(field, field) in hidden:
-            return f"a value that is not valid - at `$.{field}`"
-        if (not field and not isinstance(error, msgspec.DecodeError)) or error.__cause__ is not None:
-            return f"{type(error.__cause__ or error).__name__} in a class with sensitive fields"
-    return text[:500] if isinstance(error, msgspec.MsgspecError) else f"{type(error).__name__}: {text}"[:500]
+    return cls.__unlost_form__.explain(error, cls, sensitive_fields(cls))

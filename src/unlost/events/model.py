@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, dataclass_t
 import msgspec
 
 from unlost.errors import UsageError
+from unlost.events.form import MSGSPEC, Form
 
 MAX_NAME = 200
 MAX_KEY_BYTES = 4096
@@ -79,7 +80,7 @@ def _topic_of_key(key: str) -> str:
     return key.removesuffix("_id") or key
 
 
-def _resolve(
+def resolve(
     name: str,
     bases: list[EventSpec],
     fields: tuple[str, ...],
@@ -161,6 +162,19 @@ def _inherited_topic(bases: list[EventSpec], key: str | None) -> str | None:
     return None
 
 
+_kin: dict[type, tuple[type, ...]] = {}
+
+
+def adopt(base: type[Event], cls: type) -> None:
+    """Lets a base class made with another library count as derived from `Event` or `Command`."""
+    _kin[base] = (*_kin.get(base, ()), cls)
+
+
+def roots() -> list[type[Event]]:
+    """`Event`, and what counts as derived from it."""
+    return [Event, *_kin.get(Event, ())]
+
+
 if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -171,12 +185,18 @@ if TYPE_CHECKING:
         one key keep their order) and with it the topic; `type=` keeps the wire type when a class is renamed.
         Raises `UsageError` when the class cannot be an event.
 
-            class OrderPlaced(Event, key="order_id"):  # topic "order", wire type "order.OrderPlaced"
-                order_id: str
-                total_cents: int
+        **Guarantee** two events of one key, published one after the other, are handled in that order by each service.
+
+        Example:
+            >>> class OrderPlaced(Event, key="order_id"):  # topic "order", wire type "order.OrderPlaced"
+            ...     order_id: str
+            ...     total_cents: int
+            >>> OrderPlaced(order_id="A1", total_cents=1250)
+            OrderPlaced(order_id='A1', total_cents=1250)
         """
 
         __unlost__: ClassVar[EventSpec]
+        __unlost_form__: ClassVar[Form]
 
         def __init_subclass__(
             cls,
@@ -199,8 +219,13 @@ if TYPE_CHECKING:
 
         A command waits in a `queue`, first in, first out; with a `key`, each key is a group with an order of its own.
 
-            class SendReceipt(Command, queue="receipts", key="customer_id"):
-                customer_id: str
+        **Guarantee** one service carries it out; while that service is away, it waits in its queue.
+
+        Example:
+            >>> class SendReceipt(Command, queue="receipts", key="customer_id"):
+            ...     customer_id: str
+            >>> SendReceipt(customer_id="c7")
+            SendReceipt(customer_id='c7')
         """
 
         def __init_subclass__(
@@ -262,8 +287,14 @@ else:
                     "past_tense": past_tense,
                 }
                 declared = [base.__unlost__ for base in bases if isinstance(base, EventMeta)]
-                cls.__unlost__ = _resolve(name, declared, cls.__struct_fields__, said)
+                cls.__unlost__ = resolve(name, declared, cls.__struct_fields__, said)
             return cls
+
+        def __subclasscheck__(cls, other):
+            return super().__subclasscheck__(other) or any(issubclass(other, kin) for kin in _kin.get(cls, ()))
+
+        def __instancecheck__(cls, value):
+            return super().__instancecheck__(value) or (cls in _kin and issubclass(type(value), cls))
 
     class Event(msgspec.Struct, metaclass=EventMeta):
         """A fact, typed and immutable, named in the past tense.
@@ -272,26 +303,37 @@ else:
         one key keep their order) and with it the topic; `type=` keeps the wire type when a class is renamed.
         Raises `UsageError` when the class cannot be an event.
 
-            class OrderPlaced(Event, key="order_id"):  # topic "order", wire type "order.OrderPlaced"
-                order_id: str
-                total_cents: int
+        **Guarantee** two events of one key, published one after the other, are handled in that order by each service.
+
+        Example:
+            >>> class OrderPlaced(Event, key="order_id"):  # topic "order", wire type "order.OrderPlaced"
+            ...     order_id: str
+            ...     total_cents: int
+            >>> OrderPlaced(order_id="A1", total_cents=1250)
+            OrderPlaced(order_id='A1', total_cents=1250)
         """
 
         __unlost__: ClassVar[EventSpec] = EventSpec()
+        __unlost_form__: ClassVar[Form] = MSGSPEC
 
         def __repr__(self):
-            return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in _shown(self))})"
+            return f"{type(self).__qualname__}({', '.join(f'{k}={v!r}' for k, v in shown_fields(self))})"
 
         def __rich_repr__(self):
-            return iter(_shown(self))
+            return iter(shown_fields(self))
 
     class Command(Event):
         """An order to do something, to exactly one service; named in the imperative.
 
         A command waits in a `queue`, first in, first out; with a `key`, each key is a group with an order of its own.
 
-            class SendReceipt(Command, queue="receipts", key="customer_id"):
-                customer_id: str
+        **Guarantee** one service carries it out; while that service is away, it waits in its queue.
+
+        Example:
+            >>> class SendReceipt(Command, queue="receipts", key="customer_id"):
+            ...     customer_id: str
+            >>> SendReceipt(customer_id="c7")
+            SendReceipt(customer_id='c7')
         """
 
         __unlost__: ClassVar[EventSpec] = EventSpec(is_command=True)
@@ -307,9 +349,10 @@ class _Stars:
         return "***"
 
 
-def _shown(event: Event) -> list[tuple[str, object]]:
+def shown_fields(event: Event) -> list[tuple[str, object]]:
+    """Names and values for a repr."""
     hidden = sensitive_fields(type(event))
-    fields: tuple[str, ...] = type(event).__struct_fields__  # type: ignore[attr-defined]
+    fields = event.__unlost_form__.names(type(event))
     return [(name, _Stars() if name in hidden else getattr(event, name)) for name in fields]
 
 
@@ -321,9 +364,9 @@ def sensitive_fields(cls: type[Event]) -> frozenset[str]:
     known = _sensitive.get(cls)
     if known is not None:
         return known
-    fields: tuple[str, ...] = cls.__struct_fields__  # type: ignore[attr-defined]
+    fields = cls.__unlost_form__.names(cls)
     try:
-        hints = typing.get_type_hints(cls, include_extras=True)
+        hints = cls.__unlost_form__.hints(cls)
     except Exception:
         return frozenset(fields)
     found = _sensitive[cls] = frozenset(name for name in fields if _hides(hints[name], {cls}))
@@ -340,9 +383,12 @@ def _hides(hint: Any, seen: set[Any]) -> bool:
     kind = typing.get_origin(hint) or hint
     if not isinstance(kind, type) or kind in seen:
         return False
-    if not (issubclass(kind, msgspec.Struct) or is_dataclass(kind) or hasattr(kind, "__total__")):
+    model = getattr(kind, "__pydantic_fields__", None)
+    if not (issubclass(kind, msgspec.Struct) or is_dataclass(kind) or hasattr(kind, "__total__") or model):
         return False
     seen.add(kind)
+    if any(SENSITIVE in field.metadata for field in (model or {}).values()):  # it resolves the marks of its own
+        return True
     try:
         inner = typing.get_type_hints(kind, include_extras=True)
     except Exception:
@@ -358,15 +404,13 @@ def redacted(event_or_data: Event | Mapping[str, Any], cls: type[Event] | None =
     data: Mapping[str, Any]
     if isinstance(event_or_data, Event):
         cls = cls or type(event_or_data)
-        data = msgspec.to_builtins(event_or_data, str_keys=True)
+        data = event_or_data.__unlost_form__.builtins(event_or_data)
     else:
         data = event_or_data
     if cls is None:
         raise UsageError("UL1008", "redacted() of a dict needs the event class", found="cls is None")
     hidden = sensitive_fields(cls)
-    wire: tuple[str, ...] = cls.__struct_encode_fields__  # type: ignore[attr-defined]
-    fields: tuple[str, ...] = cls.__struct_fields__  # type: ignore[attr-defined]
-    hidden |= {sent for name, sent in zip(fields, wire, strict=True) if name in hidden}
+    hidden |= {sent for name, sent in cls.__unlost_form__.names(cls).items() if name in hidden}
     return {name: "***" if name in hidden else value for name, value in data.items()}
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from unlost.events.codec import Layout, encode_head, read_peeked
+from unlost.events.codec import Layout, decode_head, encode_head, read_peeked
 from unlost.events.envelope import Envelope
 from unlost.events.model import Event
 from unlost.world import rfc3339
@@ -98,8 +98,8 @@ class Arrival(msgspec.Struct, gc=False):
 
     - `head` is how its attributes are stored beside `data`; None: as `encode_head` writes the envelope.
     - `rule` is the declared rule by which it is nobody's business (`skipped`).
-    - `type`, `hash`, `simple`, `values` and `layout` are what `codec.peek` has found and vouched for. Most handlers
-      never ask for the envelope, so it is made when somebody does.
+    - `type`, `hash`, `simple`, `values` and `layout` are what `codec.peek` or `codec.peek_head` has found and vouched for.
+      Most handlers never ask for the envelope, so it is made when somebody does.
     """
 
     position: int
@@ -119,11 +119,16 @@ class Arrival(msgspec.Struct, gc=False):
 
     @property
     def envelope(self) -> Envelope | None:
-        if self.known is None and self.layout is not None:
-            self.known = read_peeked(
-                self.values, self.layout, self.data, topic=self.topic, key=self.key,
-                recordedtime=rfc3339(self.recorded),
-            )  # fmt: skip
+        if self.known is None and self.type is not None:
+            recorded = rfc3339(self.recorded)
+            if self.layout is not None:
+                self.known = read_peeked(
+                    self.values, self.layout, self.data, topic=self.topic, key=self.key, recordedtime=recorded
+                )
+            elif self.head is not None:
+                self.known = decode_head(
+                    self.head, topic=self.topic, key=self.key, data=self.data, recordedtime=recorded
+                )
         return self.known
 
     @property

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from unlost.app import App
-from unlost.events import Event, check_past_tense
+from unlost.events import Event, check_past_tense, steps_of
 from unlost.ops.event_lock import Locked, data_of, sent_key, sent_names
 from unlost.ops.event_shape import Object, Problem, problems
 from unlost.ops.publish import event_classes
@@ -196,12 +196,23 @@ def view_findings(app: App, group: Sequence[type[Event]], before: Locked | None)
     for cls in group:
         if is_view(cls):
             hurts = [str(reader) for reader, read in readers_of(app, group) if read is cls]
-            for field, what, fix in _wrong(data_of(cls), event, before):
+            for field, what, fix in _wrong(data_of(cls), event, _as_read(cls, before)):
                 finding = Finding(
                     kind="view", type=cls.__unlost__.type, name=cls.__qualname__, field=field, what=what, hurts=hurts, fix=fix
                 )  # fmt: skip
                 found.append(finding)
     return found
+
+
+def _as_read(view: type[Event], before: Locked | None) -> Locked | None:
+    """The log as a view gets to read it: what its upcasters bring up is not what was written."""
+    steps = steps_of(view)
+    if before is None or not steps or before.version < steps[0].version:
+        return before
+    if before.version < view.__unlost__.version:
+        return None
+    fields = {name: msgspec.structs.replace(field, added_later=False) for name, field in before.fields.items()}
+    return msgspec.structs.replace(before, fields=fields)
 
 
 def _wrong(view: Object, event: Object | None, before: Locked | None) -> Iterator[tuple[str, str, str]]:

@@ -10,12 +10,13 @@ import msgspec
 
 from unlost.app import App
 from unlost.errors import UsageError
-from unlost.events import Event, check_past_tense
+from unlost.events import Event, check_past_tense, steps_of
 from unlost.ops.event import Finding, Kind, Reader, by_type, full_name, is_view, readers_of, view_findings
 from unlost.ops.event_lock import UPDATE, Locked, locked, merged, read_lock, sent_names, write_lock
 from unlost.ops.event_shape import Field, Problem, Shape, problems, shown
 
 AGREED_BY_UPDATE: tuple[Kind, ...] = ("backward", "forward", "identity", "renamed", "privacy")
+_OR_UPCAST = "or raise version= with an @upcast"
 _AGREE = f"if it is meant so: {UPDATE}"
 
 
@@ -53,7 +54,7 @@ def check(app: App, classes: Sequence[type[Event]], path: Path, *, update: bool 
 
     Raises:
         UsageError: UL1360 there is no lock; UL1361 to UL1364 it cannot be used; UL1365 two classes have one wire type;
-            UL1366 the types of a class cannot be described.
+            UL1366 the types of a class cannot be described; UL1373, UL1374 its upcasters do not lead to its version.
     """
     old = read_lock(path)
     if old is None and not update:
@@ -74,6 +75,7 @@ def check(app: App, classes: Sequence[type[Event]], path: Path, *, update: bool 
     for type in compared:
         readers = readers_of(app, groups[type]) if type in groups else []
         changes += _changes(type, before.get(type), now.get(type), readers)
+        changes += _upcasts(type, before.get(type), full.get(type, []))
         findings += _broken(type, before, now, readers)
     findings += [*twice, *_names(classes), *_queues(app)]
     after = merged(before, now) if update else before
@@ -157,6 +159,16 @@ def _changes(type: str, old: Locked | None, new: Locked | None, readers: _Reader
             yield change(f"{_field(one)} → {_field(other)}", name)
 
 
+def _upcasts(type: str, old: Locked | None, full: Sequence[type[Event]]) -> Iterator[Change]:
+    steps = steps_of(full[0]) if full else ()
+    if old is None or not steps:
+        return
+    came = [step for step in steps if old.upcasts_from is None or not old.upcasts_from <= step.version < old.version]
+    for step in came:
+        what = f"upcaster {step}: events of version {step.version} in the log are brought up by it"
+        yield Change(type=type, field="", what=what)
+
+
 def _field(field: Field) -> str:
     said = [shown(field.type), "required" if field.required else "default"]
     return ", ".join(said + ["omitted"] * field.omitted + ["Sensitive"] * field.sensitive)
@@ -178,14 +190,22 @@ def _broken(type: str, before: Mapping[str, Locked], now: Mapping[str, Locked], 
     def finding(kind: Kind, field: str, what: str, hurts: list[str], fix: str) -> Finding:
         return Finding(kind=kind, type=type, name=new.class_, field=field, what=what, hurts=hurts, fix=fix)
 
-    renamed = _renamed(old, new)
+    if old.upcasts_from is not None and (new.upcasts_from is None or new.upcasts_from > old.upcasts_from):
+        last = old.version if new.upcasts_from is None else new.upcasts_from
+        some = f"version {old.upcasts_from}" + (f" to {last - 1}" if last - 1 > old.upcasts_from else "")
+        yield finding(
+            "backward", "", f"the upcaster from version {old.upcasts_from} is gone, and the log may have events of {some}", full,
+            f"keep it; if no such event is left: {UPDATE}",
+        )  # fmt: skip
+    bridged = _bridges(old, new)
+    renamed = {} if bridged else _renamed(old, new)
     for one, other in renamed.items():
         yield finding(
             "renamed", one, f"{one} looks renamed to {other}: what the log has under {one} would not be read", full,
             f'keep the name that is sent: {other} = msgspec.field(name="{one}"). If they are two facts: {UPDATE}',
         )  # fmt: skip
     told = renamed.keys() | set(renamed.values())
-    for problem in problems(new.data, old.data, history=True):
+    for problem in [] if bridged else problems(new.data, old.data, history=True):
         if problem.field not in told:
             what, fix = _backward(problem)
             yield finding("backward", problem.path, what, full, fix)
@@ -202,16 +222,21 @@ def _broken(type: str, before: Mapping[str, Locked], now: Mapping[str, Locked], 
             )  # fmt: skip
 
 
+def _bridges(old: Locked, new: Locked) -> bool:
+    """Whether an upcaster brings up what was written until now: then it is not the class that reads it."""
+    return old.version < new.version and new.upcasts_from is not None and new.upcasts_from <= old.version
+
+
 def _backward(problem: Problem) -> tuple[str, str]:
     """A new release of a reader meets what is in the log."""
     path = problem.path
     if problem.kind == "missing":
-        return f"{path} is required now, and the log may have events without it", f"give {path} a default"
+        return f"{path} is required now, and the log may have events without it", f"give {path} a default, {_OR_UPCAST}"
     if problem.kind == "unknown":
         return f"the class refuses {path}, which events in the log have", "take forbid_unknown_fields off the class"
     return (
         f"{path or 'the whole'} is {problem.reads}, and events in the log have {problem.written}",
-        f"let it read both ({problem.reads} | {problem.written}), or add a field of another name",
+        f"let it read both ({problem.reads} | {problem.written}), add a field of another name, {_OR_UPCAST}",
     )
 
 

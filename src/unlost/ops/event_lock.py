@@ -12,7 +12,7 @@ import msgspec
 
 from unlost import config
 from unlost.errors import UnlostError, UsageError
-from unlost.events import Event
+from unlost.events import Event, steps_of
 from unlost.ops.event_shape import Field, Object, object_of
 
 NAME = "unlost.events.lock"
@@ -24,7 +24,8 @@ Kind = Literal["event", "command"]
 
 
 class Locked(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One wire type. For a command, `topic` is its queue. `gone`: the code no longer has it, the log may."""
+    """One wire type. For a command, `topic` is its queue. `gone`: the code no longer has it, the log may. `upcasts_from`:
+    the oldest version that an upcaster brings up; None where there is none."""
 
     class_: str = msgspec.field(name="class")
     kind: Kind
@@ -34,6 +35,7 @@ class Locked(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     fields: dict[str, Field]
     closed: bool = False
     gone: bool = False
+    upcasts_from: int | None = None
     digest: str = ""
 
     @property
@@ -72,22 +74,20 @@ def data_of(cls: type[Event]) -> Object:
 
 def sent_names(cls: type[Event]) -> tuple[str, ...]:
     """The fields, by the names under which they are sent."""
-    names: tuple[str, ...] = cls.__struct_encode_fields__  # type: ignore[attr-defined]
-    return names
+    return tuple(cls.__unlost_form__.names(cls).values())
 
 
 def sent_key(cls: type[Event]) -> str | None:
     """The key's field, by the name under which it is sent."""
-    fields: tuple[str, ...] = cls.__struct_fields__  # type: ignore[attr-defined]
-    return dict(zip(fields, sent_names(cls), strict=True)).get(cls.__unlost__.key or "")
+    return cls.__unlost_form__.names(cls).get(cls.__unlost__.key or "")
 
 
 def locked(cls: type[Event]) -> Locked:
     """What the lock says of a class as it is now."""
-    spec, data = cls.__unlost__, data_of(cls)
+    spec, data, steps = cls.__unlost__, data_of(cls), steps_of(cls)
     return Locked(
         class_=cls.__qualname__, kind="command" if spec.is_command else "event", topic=spec.topic or "", key=sent_key(cls),
-        version=spec.version, fields=data.fields, closed=data.closed,
+        version=spec.version, fields=data.fields, closed=data.closed, upcasts_from=steps[0].version if steps else None,
     )  # fmt: skip
 
 

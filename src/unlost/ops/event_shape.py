@@ -109,12 +109,13 @@ _LIMITS = ("ge", "gt", "le", "lt", "multiple_of", "min_length", "max_length", "p
 
 def object_of(cls: type[Event]) -> Object:
     """The fields of an event class, by the names under which they are sent."""
-    shape = shape_of(inspect.type_info(cls))
+    form = cls.__unlost_form__
+    shape = shape_of(inspect.type_info(form.twin(cls)))
     assert isinstance(shape, Object)
     hidden = sensitive_fields(cls)
-    names: dict[str, str] = dict(zip(cls.__struct_encode_fields__, cls.__struct_fields__, strict=True))  # type: ignore[attr-defined]
     fields = {
-        sent: msgspec.structs.replace(field, sensitive=names[sent] in hidden) for sent, field in shape.fields.items()
+        sent: msgspec.structs.replace(shape.fields[sent], sensitive=name in hidden)
+        for name, sent in form.names(cls).items()
     }
     return msgspec.structs.replace(shape, fields=fields)
 

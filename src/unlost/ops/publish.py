@@ -12,7 +12,8 @@ import msgspec
 
 from unlost.errors import UsageError
 from unlost.events import Envelope, Event, check_publishable, redacted, seal, sensitive_fields
-from unlost.events.data import decoder_of
+from unlost.events.data import codec_of, what_is_wrong
+from unlost.events.model import roots
 
 LINE_BYTES_MAX = 16 * 1024 * 1024
 _MEMBERS = ("type", "data", "id", "time", "headers")
@@ -21,7 +22,7 @@ _MEMBERS = ("type", "data", "id", "time", "headers")
 def event_classes() -> list[type[Event]]:
     """Every event class that has been imported, views too."""
     found: dict[type[Event], None] = {}
-    todo: list[type[Event]] = [Event]
+    todo = roots()
     while todo:
         for cls in todo.pop().__subclasses__():
             if cls not in found:
@@ -40,7 +41,7 @@ def find_class(name: str) -> type[Event]:
     found = [cls for cls in classes if cls.__unlost__.type == name] or [cls for cls in classes if cls.__name__ == name]
     if len(found) == 1:
         check_publishable(found[0])
-        decoder_of(found[0])
+        codec_of(found[0])
         return found[0]
     types = sorted({cls.__unlost__.type for cls in found or classes})
     if found:
@@ -84,18 +85,20 @@ def build(cls: type[Event], fields: Mapping[str, str]) -> Event:
     Raises:
         UsageError: a field is missing, or its text is not of its type.
     """
-    hints = typing.get_type_hints(cls, include_extras=True)
+    twin = cls.__unlost_form__.twin(cls)
+    hints = typing.get_type_hints(twin, include_extras=True)
     values = {}
     for given, text in fields.items():
         name = _names(cls)[given]
         values[name] = _convert(cls, name, text, hints[name])
-    missing = [f.name for f in msgspec.structs.fields(cls) if f.required and f.name not in values]  # type: ignore[arg-type]
+    missing = [f.name for f in msgspec.structs.fields(twin) if f.required and f.name not in values]
     if missing:
         raise UsageError(
             "UL1325", f"{cls.__name__} needs {', '.join(missing)}", found=f"given: {', '.join(fields) or 'nothing'}",
             fix=" ".join(f"{name}=..." for name in missing),
         )  # fmt: skip
-    return cls(**values)
+    names = cls.__unlost_form__.names(cls)
+    return _typed(cls, {names[name]: msgspec.to_builtins(value, str_keys=True) for name, value in values.items()})
 
 
 def _convert(cls: type[Event], name: str, text: str, hint: Any) -> Any:
@@ -153,20 +156,18 @@ class _Rest(msgspec.Struct):
 
 
 def _typed(cls: type[Event], data: object) -> Event:
-    names = set(cls.__struct_encode_fields__)  # type: ignore[attr-defined]
+    names = set(cls.__unlost_form__.names(cls).values())
     if isinstance(data, dict) and (unknown := sorted(set(data) - names)):
         raise UsageError(
             "UL1324", f"{cls.__name__} has no field {unknown[0]!r}", found=f"it has {_list(cls)}"
         )  # a misspelt name would be dropped in silence
+    problem = ""
     try:
-        return msgspec.convert(data, cls)
-    except (msgspec.ValidationError, RecursionError) as e:
-        place = str(e).rpartition("$.")[2].split(".")[0].split("[")[0].strip("`")
-        hidden = sensitive_fields(cls)
-        text = "a value that is not valid" if hidden and (place in hidden or "$." not in str(e)) else str(e)
-        if hidden and "missing required field" in str(e):
-            text = str(e)
-        raise UsageError("UL1326", f"the data do not fit {cls.__name__}", found=text) from None
+        event: Event = codec_of(cls)[1](msgspec.json.encode(data))
+        return event
+    except (msgspec.MsgspecError, ValueError, TypeError, RecursionError) as e:
+        problem = what_is_wrong(e, cls)
+    raise UsageError("UL1326", f"the data do not fit {cls.__name__}", found=problem)
 
 
 def shown_data(envelope: Envelope) -> dict[str, Any] | None:
@@ -199,7 +200,7 @@ def shown_fields(type: str) -> frozenset[str] | None:
     known: set[str] = set()
     hidden: set[str] = set()
     for cls in classes:
-        wire: tuple[str, ...] = cls.__struct_encode_fields__  # type: ignore[attr-defined]
+        wire = list(cls.__unlost_form__.names(cls).values())
         known.update(wire)
         hidden.update(name for name, value in redacted(dict.fromkeys(wire, ""), cls).items() if value == "***")
     return frozenset(known - hidden)
@@ -207,9 +208,8 @@ def shown_fields(type: str) -> frozenset[str] | None:
 
 def _names(cls: type[Event]) -> dict[str, str]:
     """Python names and wire names -> Python name."""
-    fields: tuple[str, ...] = cls.__struct_fields__  # type: ignore[attr-defined]
-    wire: tuple[str, ...] = cls.__struct_encode_fields__  # type: ignore[attr-defined]
-    return dict(zip(wire, fields, strict=True)) | {name: name for name in fields}
+    names = cls.__unlost_form__.names(cls)
+    return {sent: name for name, sent in names.items()} | {name: name for name in names}
 
 
 def _list(cls: type[Event]) -> str:
@@ -217,5 +217,5 @@ def _list(cls: type[Event]) -> str:
 
 
 def _listed(cls: type[Event]) -> Iterator[str]:
-    for f in msgspec.structs.fields(cls):  # type: ignore[arg-type]
+    for f in msgspec.structs.fields(cls.__unlost_form__.twin(cls)):
         yield f.encode_name if f.required else f"[{f.encode_name}]"
