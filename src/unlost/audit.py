@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+BEGUN = "begun"  # counted so while a handler that gets its events at most once has them in hand
 LISTED = ("retrying", "parked", "dead", "removed", "abandoned", "expired")
 
 
@@ -136,6 +137,7 @@ class Books(msgspec.Struct, kw_only=True):
     findings: list[str]  # contradictions that are no missing event: the evidence itself was changed
     unaccountable: list[str]  # what cannot be known, and why
     ranges: list[Range] = msgspec.field(default_factory=list)  # what expired, or cannot be accounted for
+    abandoned: list[Missing] = msgspec.field(default_factory=list)  # begun at most once, and not ended: it may be lost
 
     @property
     def unaccounted(self) -> int:
@@ -203,6 +205,8 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
             missing[line.position] = f"the ledger lists it as {line.state}, but it is not {room}"
         else:
             states[line.state] += 1
+            if line.state == "abandoned":
+                books.abandoned.append(_abandoned(e, line.position))
     for position in sorted((e.on_shelf | e.in_waiting_room) - listed):
         books.findings.append(f"{where}:{position} is kept, but the ledger does not list it")
 
@@ -220,6 +224,7 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         below = min(e.read, end)
         in_flight = sum(b - a for a, b in _gaps(e.fated, e.position, below))  # also what expired in somebody's hands
         in_flight -= sum(1 for p in missing if e.position <= p < below and not _in(e.fated, p))
+    begun = e.counts.get(BEGUN, 0)  # they have their outcome in the log's sense: nobody gets them again
 
     book.accepted += accepted
     book.done += e.counts.get("done", 0)
@@ -227,11 +232,11 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         if name.startswith("skipped:"):
             rule = name.partition(":")[2]
             book.skipped[rule] = book.skipped.get(rule, 0) + count
-        elif name not in ("done", "void"):
+        elif name not in ("done", "void", BEGUN):
             books.findings.append(f"{where}: an unknown state is counted: {name}")
     for state, count in states.items():
         setattr(book, state, getattr(book, state) + count)
-    book.in_flight += in_flight
+    book.in_flight += in_flight + begun
     book.waiting += unfated - in_flight
     book.unaccounted += len(missing) + max(0, unnamed)
     books.unnamed += max(0, unnamed)
@@ -239,6 +244,11 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         Missing(service=e.service, topic=e.topic, partition=e.partition, position=position, why=why)
         for position, why in sorted(missing.items())
     )
+
+
+def _abandoned(e: Evidence, position: int) -> Missing:
+    why = "its handler gets it at most once, and did not come to its end"
+    return Missing(service=e.service, topic=e.topic, partition=e.partition, position=position, why=why)
 
 
 def _pass_over(e: Evidence, where: str, book: Book, books: Books) -> int:

@@ -176,6 +176,14 @@ def queues_are_for_everybody(patch: Patch) -> None:
     patch.setattr(queues_module, "claim", lambda service, queues: iter(()))
 
 
+def begun_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Progress, "abandon", lambda self: [])
+
+
+def begun_is_delivered_again(patch: Patch) -> None:
+    patch.setattr(Progress, "begin", lambda self, positions, digest: None)
+
+
 BROKER_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (keys_lose_zero_bytes, "keys_of_any_bytes"),
     (headers_get_lost, "every_field_round_trips"),
@@ -203,6 +211,8 @@ STORE_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (nobody_is_suspected, "suspects_after_kill_9"),
     (an_aborted_block_stays, "a_block_that_ends_badly_leaves_nothing"),
     (users_may_touch_the_books, "a_block_cannot_touch_the_books"),
+    (begun_is_forgotten, "begun_at_most_once"),
+    (begun_is_delivered_again, "begun_at_most_once"),
     (queues_are_for_everybody, "one_service_for_a_queue"),
 ]
 

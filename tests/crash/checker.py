@@ -18,19 +18,21 @@ from typing import Literal, NamedTuple
 from evidence import Effect, Note
 
 Kind = Literal["lost", "dead without trace", "doubled", "inversion", "phantom", "altered", "resurrected"]
-Expectation = Literal["done", "shelf", "either", "nothing"]
+Expectation = Literal["done", "shelf", "either", "nothing", "named"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
     """What one service owes. `expects` says, per event, how it must end there:
 
-    `done`: completed; `shelf`: seen on the shelf; `either` of the two; `nothing`: the service does not want it.
+    `done`: completed; `shelf`: seen on the shelf; `either` of the two; `nothing`: the service does not want it; `named`:
+    completed, or named by those who keep the books as cut off, and then perhaps completed as well.
     """
 
     service: str
     expects: Callable[[str], Expectation] = lambda uid: "done"
     once: bool = False  # its effects are in the user's table, each at most once
+    at_most_once: bool = False  # it is delivered no more often than it was published
     ordered: bool = True
 
 
@@ -62,6 +64,7 @@ class _Served:
     first: dict[str, int] = field(default_factory=dict)
     times: Counter[str] = field(default_factory=Counter)
     shelved: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
 
 
 def check(
@@ -96,7 +99,7 @@ def check(
                 event.refused = True
             else:
                 event.acked = note.at if event.acked is None else min(event.acked, note.at)
-        elif note.what in ("delivered", "completed", "shelved"):
+        elif note.what in ("delivered", "completed", "shelved", "named"):
             handled.append(note)  # the publisher's file may be read later than this one
     for note in handled:
         witness(note.service, note.uid, note.key, note.value)
@@ -108,6 +111,8 @@ def check(
             service.times[note.uid] += 1
         elif note.what == "shelved":
             service.shelved.add(note.uid)
+        elif note.what == "named":
+            service.named.add(note.uid)
     for effect in effects:
         witness(effect.service, effect.uid, effect.key, effect.value)
         service = served[effect.service]
@@ -128,6 +133,11 @@ def check(
             for uid, times in service.times.items():
                 if times > 1:
                     found.append(Anomaly("doubled", contract.service, uid, f"it took effect {times} times"))
+        if contract.at_most_once:
+            for uid, times in service.times.items():
+                if uid in published and times > published[uid].open:
+                    text = f"it was delivered {times} times, and published {published[uid].open} times"
+                    found.append(Anomaly("doubled", contract.service, uid, text))
         if contract.ordered:
             found.extend(_inversions(contract, service, published))
     return found
@@ -138,11 +148,15 @@ def _owed(
 ) -> Iterable[Anomaly]:
     for uid in accepted:
         wanted = contract.expects(uid)
-        if wanted == "nothing" or (wanted in ("done", "either") and uid in service.first):
+        if wanted == "nothing" or (wanted in ("done", "either", "named") and uid in service.first):
             continue
-        if wanted == "done":
+        if wanted == "named" and uid in service.named:
+            continue
+        if wanted in ("done", "named"):
             how = "acknowledged" if published[uid].acked is not None else "accepted, for others saw it"
-            yield Anomaly("lost", contract.service, uid, f"{how}, and never completed")
+            yield Anomaly(
+                "lost", contract.service, uid, f"{how}, and never completed" + (", nor named" * (wanted == "named"))
+            )
         elif uid not in service.shelved:
             yield Anomaly("dead without trace", contract.service, uid, "not completed, and never seen on the shelf")
 

@@ -15,7 +15,17 @@ from typing import Literal
 import msgspec
 
 What = Literal[
-    "intend", "acked", "unknown", "refused", "delivered", "completed", "shelved", "died", "audited", "unbalanced"
+    "intend",
+    "acked",
+    "unknown",
+    "refused",
+    "delivered",
+    "completed",
+    "shelved",
+    "died",
+    "audited",
+    "unbalanced",
+    "named",
 ]
 
 

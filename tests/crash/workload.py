@@ -42,7 +42,9 @@ import unlost.sqlite.process as process_module
 import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost import App, Command, Context, Event, OutcomeUnknown, Reject, Retry, RetryLater, Service, Topic, Unavailable
+from unlost.audit import Books
 from unlost.brokers.embedded.group import EmbeddedMember
+from unlost.brokers.port import Log
 from unlost.delivery.settle import Settler
 from unlost.delivery.worker import Worker
 from unlost.ops import books as books_module
@@ -152,6 +154,7 @@ CONTRACTS = [
     _contract("sink-relay", once=True),
     _contract("sink-book", once=True),
     Contract(service="carrier", expects=lambda uid: "done" if value_of(uid) % 4 == 1 else "nothing", once=True),
+    Contract(service="swift", expects=lambda uid: "named", at_most_once=True),
     Contract(service="press", expects=lambda uid: "nothing" if value_of(uid) % 4 else "done"),
 ]
 
@@ -174,6 +177,7 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
     sink = Service("sink", guarantee="effectively-once", retry=quick)
     carrier = Service("carrier", guarantee="effectively-once", retry=quick)
     press = Service("press", retry=quick)
+    swift = Service("swift", guarantee="at-most-once")
 
     def stumble(chance: float) -> None:
         if rng.random() < chance:
@@ -272,7 +276,14 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
         stumble(0.02)
         done("press", command)
 
-    return [plain, ledger, thread, relay, flaky, strict, loose, sink, carrier, press]
+    @swift.on(Ordered)
+    async def count(event: Ordered) -> None:
+        """Mostly one after another; now and then one waits, and the next ones go by their keys."""
+        journal.note("completed", event.uid, event.account, "swift", event.value)
+        if rng.random() < 0.005:
+            await asyncio.sleep(rng.random() * 0.05)
+
+    return [plain, ledger, thread, relay, flaky, strict, loose, sink, carrier, press, swift]
 
 
 # --- crash points ------------------------------------------------------------------------------------------------
@@ -309,12 +320,16 @@ POINTS: list[tuple[Any, str]] = [
     (Worker, "_ended_by_transaction"),
     (Worker, "_on_fenced"),
     (Worker, "_drop_queued"),
+    (Worker, "_begin_batch"),
+    (Worker, "_begin"),
+    (store_module, "_abandon"),
+    (Settler, "ended"),
     (Settler, "put"),
     (Turn, "next"),
     (Turn, "undo"),
 ]
 RARE = {"_open", "_register", "__init__", "give", "_join", "_claim", "release", "close", "_assigned", "_give_back",
-        "_drop_queued", "_on_fenced", "carry_out", "sync", "undo"}  # fmt: skip
+        "_drop_queued", "_abandon", "_on_fenced", "carry_out", "sync", "undo"}  # fmt: skip
 STEPS = ("handled", "committing")
 
 
@@ -830,12 +845,22 @@ def audit(folder: Path) -> None:
     with opened(f"embedded://{folder}/events.db") as looking:
         records = looking.records
         books = books_module.books(records)
+        note_named(books, looking.log, folder)
         wrong = [*books.findings, *books.unaccountable, *books_module.verify(records)]
         wrong += [str(missing) for missing in books.missing]
         if books.unaccounted:
             wrong.append(f"{books.unaccounted} unaccounted")
         figures = {name: {"accepted": b.accepted, "done": b.done, "open": b.open} for name, b in books.services.items()}
         (folder / "audit.json").write_text(json.dumps({"wrong": wrong, "books": figures}))
+
+
+def note_named(books: Books, log: Log, folder: Path) -> None:
+    """What the books name as cut off, by what the events say."""
+    journal = Journal(folder / "evidence", "books")
+    for m in books.abandoned:
+        (arrival,) = log.read(m.topic, m.partition, m.position, 1)
+        event = json.loads(arrival.data or b"{}")
+        journal.note("named", event.get("uid", ""), event.get("account", ""), m.service, event.get("value", 0))
 
 
 def fork(work: Callable[[], None], log: int) -> int:

@@ -154,8 +154,8 @@ def test_the_schemas_are_stable(used: Shell) -> None:
     ]
     audit = shell.quick("audit", "--json").json
     assert list(audit) == [
-        "schema", "broker", "balanced", "unaccounted", "services", "missing", "missing_more", "findings",
-        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported", "elsewhere",
+        "schema", "broker", "balanced", "unaccounted", "services", "missing", "missing_more", "abandoned",
+        "abandoned_more", "findings",        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported", "elsewhere",
     ]  # fmt: skip
     assert audit["schema"] == "unlost.audit/1"
     config = shell.quick("config", "--json").json

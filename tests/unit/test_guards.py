@@ -196,6 +196,7 @@ def test_an_older_format_is_brought_up_to_date(path: Path) -> None:
     db = sqlite3.connect(path)
     for table in ("unlost_gap", "unlost_outbox", "unlost_relay", "unlost_follower"):
         db.execute(f"drop table {table}")
+    db.execute("alter table unlost_progress drop column begun")
     db.execute("pragma user_version = 1")
     db.commit()
     db.close()
@@ -203,6 +204,7 @@ def test_an_older_format_is_brought_up_to_date(path: Path) -> None:
     db = sqlite3.connect(path)
     assert db.execute("pragma user_version").fetchone() == (FORMAT,)
     assert db.execute("select process from unlost_relay").fetchall() == [(None,)]
+    assert db.execute("select begun from unlost_progress").fetchall() == []
     assert db.execute("select count(*) from unlost_log").fetchone() == (5,)
     db.close()
 

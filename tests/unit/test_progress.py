@@ -54,6 +54,29 @@ def test_bytes_say_the_same(chosen: list[int]) -> None:
     assert again.encode() == runs.encode()
 
 
+@given(positions, positions)
+def test_what_is_taken_out_is_not_in(chosen: list[int], taken: list[int]) -> None:
+    runs, model = build(chosen), set(chosen)
+    assert runs.remove_many(list(taken)) == len(model & set(taken))
+    assert [p for start, end in runs for p in range(start, end)] == sorted(model - set(taken))
+
+
+@given(st.permutations(range(8)), st.sets(st.integers(0, 7)))
+def test_what_was_begun_ends_once_or_is_abandoned(order: list[int], handled: set[int]) -> None:
+    progress = Progress(0, Runs(), {}, 0)
+    for position in order:
+        progress.begin([position], 1 << position)
+    assert (progress.position, progress.digest, progress.counts) == (8, 255, {"begun": 8}), "nobody gets them again"
+    if handled:
+        progress.end(sorted(handled), "done")
+        with pytest.raises(Bug):
+            progress.end([min(handled)], "done")
+    with pytest.raises(Bug):
+        progress.begin([3], 0)
+    assert progress.abandon() == sorted(set(range(8)) - handled) and progress.abandon() == []
+    assert progress.counts == ({"done": len(handled)} if handled else {}) and progress.position == 8
+
+
 def test_a_long_run_is_short_in_bytes() -> None:
     assert len(Runs([(0, 1_000_000), (1_000_001, 1 << 39)]).encode()) < 20
 

@@ -22,7 +22,7 @@ from unlost.ops.outbox import OutboxStatus
 from unlost.ops.settings import hide_secrets, settings
 from unlost.ops.status import ServiceStatus, Status, TopicStatus
 from unlost.ops.status import look as look_at
-from unlost.ops.table import books_table, missing_lines
+from unlost.ops.table import abandoned_lines, books_table, missing_lines
 from unlost.ops.topics import topics
 from unlost.store.port import Records
 from unlost.world import REAL, rfc3339
@@ -264,6 +264,7 @@ def audit(
         )
         found, waiting = examined.books, examined.outbox
         named = ledger.name_missing(records, found.missing, log=log)
+        cut_off = ledger.name_missing(records, found.abandoned, log=log)
         problems = ledger.verify(records, log=log) if verify else []
         written = 0 if place is None else statements.export(records, place, service)
         elsewhere, others = not here.log_here, here.elsewhere
@@ -276,6 +277,7 @@ def audit(
                 "broker": name, "balanced": found.balanced, "unaccounted": found.unaccounted,
                 "services": [_book_json(book) for book in found.services.values()],
                 "missing": [_missing_json(m) for m in named], "missing_more": found.unaccounted - len(named),
+                "abandoned": [_missing_json(m) for m in cut_off], "abandoned_more": len(found.abandoned) - len(cut_off),
                 "findings": found.findings, "unaccountable": found.unaccountable,
                 "verified": verify, "damaged": problems, "ranges": found.ranges, "unverified": examined.unverified,
                 "outbox": _outbox_json(waiting) if elsewhere else None,
@@ -284,6 +286,8 @@ def audit(
         )  # fmt: skip
         return code
     _print_books(found, named, all)
+    for line in abandoned_lines(found, cut_off):
+        out(line)
     for problem in problems:
         out(warn(f"damaged: {clean(problem)}"))
     if elsewhere and (waiting.events or waiting.copies):

@@ -54,6 +54,12 @@ class Context:
 
     `publish` is a plain call: the events leave with the handler's success, in the order of the calls, and not at
     all if it fails. **After a crash** they have left together with the mark that the event is handled, or not at all.
+
+    Example:
+        >>> billing = Service("billing")
+        >>> @billing.on(OrderPlaced)
+        ... async def charge(order: OrderPlaced, ctx: Context) -> None:
+        ...     ctx.publish(OrderCharged(order_id=order.order_id))
     """
 
     def __init__(self, envelope: Envelope, *, service: str, handler: str, attempt: int, now: int, unit: Unit) -> None:

@@ -23,7 +23,16 @@ _NEVER_HEALS = (UsageError, NotImplementedError, NameError, ImportError, SyntaxE
 
 
 class Reject(Exception):
-    """Raised by a handler: this event can never be handled. It goes to the shelf at once, with this reason."""
+    """Raised by a handler: this event can never be handled. It goes to the shelf at once, with this reason.
+
+    **Guarantee** it stays there, with its bytes, until somebody redrives or discards it.
+
+    Example:
+        >>> raise Reject("an order of 0.00 cannot be paid")
+        Traceback (most recent call last):
+        ...
+        unlost.delivery.fate.Reject: an order of 0.00 cannot be paid
+    """
 
 
 class RetryLater(Exception):
@@ -115,7 +124,15 @@ class Skip:
     rule: str
 
 
-Fate = Done | RetryAt | Dead | Skip
+@dataclass(frozen=True)
+class Abandoned:
+    """Begun, not handled to its end, and not tried again: its handler gets events at most once."""
+
+    error: str
+
+
+Fate = Done | RetryAt | Dead | Skip | Abandoned
+"""What becomes of a delivery: the value that `decide` finds, and that is settled in one commit."""
 
 
 def decide(error: BaseException | None, attempt: int, retry: Retry, *, now: int, chance: float) -> Fate:
@@ -138,6 +155,17 @@ def decide(error: BaseException | None, attempt: int, retry: Retry, *, now: int,
     if attempt >= retry.attempts:
         return _dead("exhausted", error)
     return RetryAt(now + int(retry.wait_seconds(attempt, chance) * 1e6))
+
+
+def decide_once(error: BaseException | None) -> Fate:
+    """The same for a handler that gets its events at most once, when it had begun: there is no other attempt. Pure."""
+    if error is None:
+        return DONE
+    if isinstance(error, Reject):
+        return _dead("rejected", error)
+    if isinstance(error, Undecodable):
+        return _dead("unknown_version" if error.code == UNKNOWN_VERSION else "undecodable", error)
+    return Abandoned(describe(error))
 
 
 def spent(attempts: Sequence[Attempt], retry: Retry) -> Dead | None:

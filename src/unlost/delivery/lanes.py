@@ -7,6 +7,9 @@ A lane is one key of one unit. Its events come from two places, in this order: r
 - sleeping: its head waits in memory for a short retry;
 - blocked: the head waits in the store, until `due` or, behind a dead letter, until an operator decides
   (`due` is None). New events of a blocked key join it in the store.
+
+A unit's `swift` lane has the events of all keys, one after another: for handlers that get each event at most once,
+and that end without waiting for anything.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ class Delivery(msgspec.Struct, eq=False):
     size: int
     waited: bool
     suspect: bool
+    begun: bool = False  # it is durable that its handler gets it, and that nobody will get it again
     seen: Known | None = None  # an event of the same id in the inbox
     looked: bool = True  # `seen` is fresh enough for a first attempt
 
@@ -59,9 +63,10 @@ class Lane:
         "running",
         "sleeping",
         "stored",
+        "swift",
     )
 
-    def __init__(self, owned: Owned, key: bytes | None, position: int | None = None) -> None:
+    def __init__(self, owned: Owned, key: bytes | None, position: int | None = None, *, swift: bool = False) -> None:
         self.owned = owned
         self.key = key
         self.position = position  # of the only event, where there is no key
@@ -73,6 +78,7 @@ class Lane:
         self.ready = False
         self.running = False
         self.sleeping = False
+        self.swift = swift
 
     @property
     def startable(self) -> bool:
@@ -96,20 +102,23 @@ class Lane:
 
 
 class Plain:
-    """Events of a unit that were handled and have no consequence but that: they wait for their commit together."""
+    """Events of a unit whose outcome has no consequence but that: they wait for their commit together."""
 
-    __slots__ = ("digest", "positions", "size")
+    __slots__ = ("begun", "begun_digest", "digest", "ended", "positions", "size")
 
     def __init__(self) -> None:
-        self.positions: list[int] = []
+        self.positions: list[int] = []  # handled
         self.digest = 0
-        self.size = 0
+        self.begun: list[int] = []  # about to be handled, at most once
+        self.begun_digest = 0
+        self.ended: list[int] = []  # handled, of those that were begun before
+        self.size = 0  # bytes of those that were handled
 
 
 class Owned:
     """A unit while this process owns it."""
 
-    __slots__ = ("aside", "attempts", "draining", "epoch", "fated_end", "gone", "in_hand", "lanes", "narrow", "paused", "plain", "put", "read", "running", "size", "sleeping", "suspects", "taken", "unacked", "unit")  # fmt: skip
+    __slots__ = ("aside", "attempts", "draining", "epoch", "fated_end", "gone", "in_hand", "lanes", "narrow", "paused", "plain", "put", "read", "running", "size", "sleeping", "suspects", "swift", "taken", "unacked", "unit")  # fmt: skip
 
     def __init__(self, taken: Taken) -> None:
         self.unit: Unit = taken.unit
@@ -132,6 +141,7 @@ class Owned:
         self.narrow = False  # its done-set fills most of the broker's note: only what makes it smaller is taken
         self.draining = False  # on its way to another member
         self.gone = False
+        self.swift: Lane | None = None  # while the events of all keys go one after another
 
     def lane(self, key: bytes | None, position: int) -> Lane:
         name: Any = position if key is None else key

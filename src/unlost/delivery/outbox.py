@@ -45,7 +45,16 @@ Find = Callable[[AnySession, str], Place]  # the outbox of a session's database;
 
 
 class Outbox:
-    """Events that leave with a transaction of yours. Made by `app.outbox(connection)`."""
+    """Events that leave with a transaction of yours. Made by `app.outbox(connection)`.
+
+    **Guarantee** your rows and these events are committed together, or neither is.
+    **After a crash** before your commit nothing has happened; after it, a running App sends them.
+
+    Example:
+        >>> async def place(order: OrderPlaced) -> None:
+        ...     async with session.begin(), app.outbox(session) as outbox:
+        ...         outbox.publish(order)
+    """
 
     def __init__(
         self,

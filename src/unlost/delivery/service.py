@@ -18,6 +18,8 @@ from unlost.errors import UsageError
 from unlost.events import Catalog, Event, NamingWarning, check_past_tense
 
 Guarantee = Literal["at-most-once", "at-least-once", "effectively-once"]
+"""How often a handler may see an event: `at-most-once` may lose, `at-least-once` may repeat after a crash,
+`effectively-once` commits the handler's rows, its events and the mark "handled" together."""
 OnDead = Literal["park", "skip"]
 
 A = TypeVar("A", bound=Event)
@@ -69,7 +71,9 @@ class Service:
     What is given here are defaults; `on` may say otherwise for one handler.
 
     - `guarantee`: `at-least-once` (default) never loses, the handler may see an event twice after a crash;
-      `effectively-once` in addition remembers handled events in the transaction that handles them.
+      `effectively-once` in addition remembers handled events in the transaction that handles them;
+      `at-most-once` never repeats: an event counts as begun before its handler runs, and is not tried again. What a
+      crash or an error cut off is `abandoned`, named in the audit, at most 256 events of a partition per crash.
     - `on_dead`: `park` (default) lets the later events of a key wait behind a dead letter; `skip` lets them go on
       and gives that key's order up.
     - `deadline`: seconds (or "30s") for one attempt. `concurrency`: how many keys are handled at a time.
@@ -168,6 +172,11 @@ class Service:
                 retry=policy.get("retry", self.retry),
                 concurrency=_checked_concurrency(policy.get("concurrency", self.concurrency)),
             )
+            if handler.guarantee == "at-most-once" and "retry" in policy:
+                raise UsageError(
+                    "UL1216", "at-most-once is never tried again, so it has no `retry`", found=handler.name,
+                    fix="leave `retry` out, or use at-least-once: it loses nothing",
+                )  # fmt: skip
             for cls in types:
                 self._add(cls, handler)
             return function
@@ -232,12 +241,6 @@ def _checked(what: str, value: Any, allowed: tuple[str, ...]) -> Any:
 
 def _checked_guarantee(value: Guarantee) -> Guarantee:
     _checked("guarantee", value, get_args(Guarantee))
-    if value == "at-most-once":
-        raise UsageError(
-            "UL1216",
-            "at-most-once is not in this release",
-            fix="use at-least-once: it loses nothing and costs little more",
-        )
     return value
 
 

@@ -84,6 +84,26 @@ class Settler:
         plain.size += size
         return self._count()
 
+    def begin(self, owned: Owned, positions: Sequence[int], digest: int) -> int:
+        """These are about to be handled, at most once: they may be handled when the number is settled."""
+        plain = self._plain_of(owned)
+        plain.begun.extend(positions)
+        plain.begun_digest ^= digest
+        return self._count()
+
+    def ended(self, owned: Owned, positions: Sequence[int], size: int) -> int:
+        """They were begun, and handled; nothing else follows from it."""
+        plain = self._plain_of(owned)
+        plain.ended.extend(positions)
+        plain.size += size
+        return self._count()
+
+    def _plain_of(self, owned: Owned) -> Plain:
+        if owned.plain is None:
+            owned.plain = Plain()
+            self._plain.append(owned)
+        return owned.plain
+
     def _count(self) -> int:
         self._work.set()
         self._waiting += 1
@@ -159,6 +179,5 @@ def _settlement(owned: Owned, settled: Sequence[Outcome | Gap], plain: Plain | N
         owned.unit, owned.epoch,
         [o for o in settled if isinstance(o, Outcome)],
         [g for g in settled if isinstance(g, Gap)],
-        plain.positions if plain is not None else (),
-        plain.digest if plain is not None else 0,
+        *((plain.positions, plain.digest, plain.begun, plain.begun_digest, plain.ended) if plain is not None else ()),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from unlost.delivery import note
 from unlost.delivery.context import AlreadyHandled, Context
 from unlost.delivery.fate import (
     DONE,
+    Abandoned,
     Dead,
     Done,
     Fate,
@@ -29,6 +30,7 @@ from unlost.delivery.fate import (
     RetryLater,
     Skip,
     decide,
+    decide_once,
     describe,
     spent,
 )  # fmt: skip
@@ -79,6 +81,10 @@ CANCELLED_SECONDS_MAX = 2.0  # how long a cancelled handler may take to end when
 CANCELS_MAX = 10
 LANES_KEPT = 10_000  # of one unit: a key that comes again finds its lane
 YIELD_EVERY = 32  # deliveries of one runner before others get their turn
+SWIFT_MIN = 8  # events of one unit that are begun in one commit, where none is delivered again
+SWIFT_MAX = 128
+SLOW_SECONDS = 0.002  # per event: handlers that take longer than this do not run one after another
+SLOW_AGAIN_SECONDS = 10.0
 SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
 
 Probe = Callable[[str, Delivery], None]
@@ -130,6 +136,9 @@ class Worker:
         self._changed = asyncio.Event()
         self._threads: ThreadPoolExecutor | None = None
         self._failure: asyncio.Future[None] | None = None
+        self._slow_until = (
+            0.0  # until then, handlers that get events at most once are too slow to run one after another
+        )
         self._seen_settled = (-1, 0.0)  # how many outcomes were settled when somebody looked, and since when
         self._recent: dict[
             tuple[str, str], tuple[Owned, int]
@@ -160,6 +169,8 @@ class Worker:
                 if handler.turns_away:
                     fate = self._turned_away(d, event)
                 if fate is None:
+                    if handler.guarantee == "at-most-once" and not d.begun:
+                        await self._begin(d)
                     if handler.takes_context:
                         ctx = self._context(d)
                     error = await self._handle(d, event, ctx, run)
@@ -184,7 +195,9 @@ class Worker:
         if isinstance(error, Fenced):
             self._on_fenced(d.lane.owned)
             return
-        if fate is None and error is None and not self._outage.suspected:
+        if fate is None and d.begun:
+            fate = decide_once(error)
+        elif fate is None and error is None and not self._outage.suspected:
             fate = DONE  # what `decide` says of no error
         elif fate is None:
             fate = decide(
@@ -265,6 +278,13 @@ class Worker:
             error = e  # whoever cancelled it: that is a failure, not a success
         finally:
             late = run.end()
+        return await self._concluded(d, error, late, ctx, run)
+
+    async def _concluded(
+        self, d: Delivery, error: BaseException | None, late: bool, ctx: Context | None, run: _Running
+    ) -> BaseException | None:
+        """What to make of how a handler has ended."""
+        handler = d.handler
         if run.cancelled:
             await run.shake_off()
         if error is None and not late and ctx is None:
@@ -298,7 +318,12 @@ class Worker:
         """Hands the outcome to the settler, and moves the lane on."""
         lane, owned = d.lane, d.lane.owned
         outcome = Outcome(
-            arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, attempts=d.attempts
+            arrival=d.arrival,
+            state="done",
+            event_hash=d.event_hash,
+            waited=d.waited,
+            begun=d.begun,
+            attempts=d.attempts,
         )
         if isinstance(fate, Done):
             outcome.publishes = ctx.published if ctx is not None else ()
@@ -310,10 +335,14 @@ class Worker:
         elif isinstance(fate, RetryAt):
             self._retry(d, fate, error, outcome)
             return
+        elif isinstance(fate, Abandoned):
+            outcome.state = "abandoned"
+            log.error("%s:%d %s is abandoned, for its handler %s gets it at most once: %s", owned.unit, d.position,
+                      d.arrival.envelope.type if d.arrival.envelope else "", d.handler.name, fate.error)  # fmt: skip
         else:
             if error is not None:
                 outcome.attempts = self._with_attempt(d, error)
-            parks = d.handler.on_dead == "park" and lane.key is not None and fate.reason != "id_reused"
+            parks = d.handler.on_dead == "park" and lane.key is not None and fate.reason != "id_reused" and not d.begun
             outcome.state = "dead"
             outcome.death = Death(
                 handler=d.handler.name, reason=fate.reason, error_type=fate.error_type,
@@ -367,7 +396,7 @@ class Worker:
         if d.handler.guarantee == "effectively-once":
             self._remember(d.lane.owned, self._inbox(d))
         assert ctx.transaction_used is not None
-        outcome = Outcome(arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited)
+        outcome = Outcome(arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, begun=d.begun)
         if ctx.transaction_used.settles:
             self._on_durable(d.lane.owned, outcome)
         elif d.handler.guarantee == "effectively-once":
@@ -408,6 +437,120 @@ class Worker:
     def _reach(self, step: str, d: Delivery) -> None:
         if self.probe is not None:
             self.probe(step, d)
+
+    # --- at most once ------------------------------------------------------------------------------------
+
+    async def _begin(self, d: Delivery) -> None:
+        """Makes it durable that the handler gets this event now, and that nobody gets it again.
+
+        Raises:
+            Fenced: the unit is not ours any more.
+        """
+        owned = d.lane.owned
+        if d.waited:
+            number = self._settler.put(owned, Outcome(arrival=d.arrival, state="begun", waited=True))
+        else:
+            number = self._settler.begin(owned, [d.position], d.event_hash)
+        await self._settler.flush(number)
+        if owned.gone:
+            raise Fenced("UL2101", f"{owned.unit} is not ours any more", found=f"our epoch was {owned.epoch}")
+        d.begun = True
+
+    @functools.cached_property
+    def _at_most_once(self) -> bool:
+        """Whether no handler here gets an event again: then their events need no lanes, while handlers are quick."""
+        handlers = self.service.handlers.values()
+        return all(h.guarantee == "at-most-once" and h.is_async for h in handlers)
+
+    def _swift(self, owned: Owned) -> Lane | None:
+        """The lane of all keys, if it is to be used for what comes in now. Never beside others, or a key's order is lost."""
+        free = owned.swift is None and not (self._slow or owned.in_hand)
+        if free and all(lane.empty for lane in owned.lanes.values()):
+            owned.lanes.clear()
+            owned.swift = Lane(owned, None, swift=True)
+        return owned.swift
+
+    async def _run_swift(self, lane: Lane, run: _Running) -> None:
+        """Handles the unit's events one after another. A batch of them is begun in one commit while the batch before it is
+        in the handlers, so at most two batches are abandoned if the process dies here.
+
+        A handler that waits for something is better served by lanes, where other keys go on: when one takes long, the
+        batches in hand are ended here, and what comes after them goes that way.
+        """
+        owned, size = lane.owned, SWIFT_MIN
+        batch, number = self._begin_batch(lane, size)
+        while batch:
+            following, following_number = self._begin_batch(lane, size)
+            await self._settler.flush(number)
+            if owned.gone:
+                return
+            since = REAL.monotonic()
+            await self._handle_batch(owned, batch, run)
+            if REAL.monotonic() - since > SLOW_SECONDS * len(batch):
+                self._slow_until, size = REAL.monotonic() + SLOW_AGAIN_SECONDS, SWIFT_MIN
+            else:
+                size = min(2 * size, SWIFT_MAX)
+            batch, number = following, following_number
+            await self._settler.room()
+            await asyncio.sleep(0)
+        if self._slow and not (owned.draining or owned.gone):
+            owned.swift = None
+            while lane.queue:
+                d = lane.queue.popleft()
+                d.lane = owned.lane(d.arrival.key, d.position)
+                d.lane.queue.append(d)
+                self._start(d.lane)
+
+    @property
+    def _slow(self) -> bool:
+        return REAL.monotonic() < self._slow_until
+
+    def _begin_batch(self, lane: Lane, size: int) -> tuple[list[Delivery], int]:
+        """The lane's next events, and the settler's number: when that is settled, they may be handled."""
+        owned, queue = lane.owned, lane.queue
+        if self._slow or self._stopping or owned.draining or owned.gone or not queue:
+            return [], 0
+        batch = [queue.popleft() for _ in range(min(size, len(queue)))]
+        digest = 0
+        for d in batch:
+            digest ^= d.event_hash
+        return batch, self._settler.begin(owned, [d.arrival.position for d in batch], digest)
+
+    async def _handle_batch(self, owned: Owned, batch: Sequence[Delivery], run: _Running) -> None:
+        """Each of them once. What is not plain takes the way of all others."""
+        ended: list[int] = []
+        size, now = 0, self.world.monotonic
+        try:
+            for d in batch:
+                d.begun = True
+                handler = d.handler
+                event = error = None
+                if not (handler.takes_context or handler.turns_away or d.attempts or self.probe):
+                    with contextlib.suppress(Exception):  # it comes again there
+                        event = self._decode(d)
+                if event is None:
+                    await self.deliver(d, run)
+                    continue
+                run.watch(d, now())
+                try:
+                    await handler.function(event)
+                except KeyboardInterrupt:
+                    raise
+                except BaseException as e:
+                    error = e
+                finally:
+                    late = run.unwatch()
+                if error is not None or late or run.cancelled:
+                    error = await self._concluded(d, error, late, None, run)
+                if error is None:
+                    ended.append(d.arrival.position)
+                    size += d.size
+                else:
+                    self._settle(d, decide_once(error), error, None)
+        finally:
+            if ended:
+                self._settler.ended(owned, ended, size)
+            self.delivered += len(batch)
 
     # --- receiving ---------------------------------------------------------------------------------------
 
@@ -493,6 +636,11 @@ class Worker:
             _check_saved(taken, saved.get(taken.unit), self._store.id)
             owned = self.owned[taken.unit] = Owned(taken)
             self._suspicion.change(len(owned.suspects))
+            if taken.abandoned:
+                log.error(
+                    "%s: %d events were begun at most once when their process died, and are abandoned; `unlost audit` "
+                    "names them", owned.unit, taken.abandoned,
+                )  # fmt: skip
             if owned.suspects:
                 log.warning(
                     "%s: %d events were in a handler when their process died; they run first, one at a time",
@@ -517,6 +665,7 @@ class Worker:
         owned.read = arrivals.events[-1].position + 1
         self._store.received(owned.taken, owned.read)
         fated, fated_end = owned.taken.fated, owned.fated_end
+        swift = self._swift(owned) if self._at_most_once else None
         for arrival in arrivals.events:
             position = arrival.position
             if position < fated_end and position in fated:
@@ -537,7 +686,7 @@ class Worker:
                 continue
             if not arrival.key and cls is not None and (cls.__unlost__.key is not None or cls.__unlost__.is_command):
                 arrival = self._with_key(owned.unit, arrival, cls)
-            lane = owned.lanes.get(arrival.key) if arrival.key is not None else None
+            lane = swift if swift is not None else owned.lanes.get(arrival.key) if arrival.key is not None else None
             if lane is None:
                 lane = owned.lane(arrival.key, position)
             attempts = owned.attempts.pop(position, ()) if owned.attempts else ()
@@ -670,7 +819,10 @@ class Worker:
             owned.running += 1
             run.lane = lane
             try:
-                if lane.stored or lane.loaded or not lane.queue:
+                if lane.swift:
+                    await self._run_swift(lane, run)
+                    d = None
+                elif lane.stored or lane.loaded or not lane.queue:
                     if lane.stored and not lane.loaded:
                         await self._load(lane)
                     d = lane.head
@@ -699,7 +851,7 @@ class Worker:
                     self._changed.set()
             if lane.queue or not lane.empty:
                 self._start(lane)
-            elif lane.key is None or len(owned.lanes) > LANES_KEPT:
+            elif not lane.swift and (lane.key is None or len(owned.lanes) > LANES_KEPT):
                 owned.drop(lane)
             if self._ready and self._idle:
                 self._wake_runner()
@@ -792,7 +944,8 @@ class Worker:
         )
 
     def _take_from_lane(self, d: Delivery) -> None:
-        (d.lane.loaded if d.waited else d.lane.queue).popleft()
+        if not d.lane.swift:
+            (d.lane.loaded if d.waited else d.lane.queue).popleft()
 
     def _park_queue(self, lane: Lane) -> None:
         """The rest of a blocked key waits behind its head, in the store."""
@@ -818,7 +971,7 @@ class Worker:
                 cleared = owned.suspects.intersection(outcome.positions)
                 owned.suspects -= cleared
                 self._suspicion.change(-len(cleared))
-            owned.in_hand -= len(outcome.positions)
+            owned.in_hand -= len(outcome.positions) + len(outcome.ended)
             owned.size -= outcome.size
             self._believe(owned)
             self._throttle(owned)
@@ -826,7 +979,7 @@ class Worker:
         if outcome.arrival.position in owned.suspects:  # it did not take the process down this time
             owned.suspects.discard(outcome.arrival.position)
             self._suspicion.change(-1)
-        if outcome.state == "attempted":
+        if outcome.state in ("attempted", "begun"):
             return
         put_aside = outcome.state in ("dead", "retrying", "parked")
         if outcome.waited:
@@ -1212,15 +1365,22 @@ class _Running:
         self._cancels = 0
 
     def begin(self, d: Delivery, now: float, alone: bool) -> None:
-        self._since = now
-        self._cancels = 0
-        self._delivery = d
+        self.watch(d, now)
         self._take_up(d.lane.owned.taken.address, d.arrival.position, alone)
 
     def end(self) -> bool:
         """True if the handler was past its deadline."""
-        self._delivery = None
         self._put_down()
+        return self.unwatch()
+
+    def watch(self, d: Delivery, now: float) -> None:
+        """Only its deadline: whoever dies with an event in hand that is not delivered again need not say so."""
+        self._since = now
+        self._cancels = 0
+        self._delivery = d
+
+    def unwatch(self) -> bool:
+        self._delivery = None
         return self._cancels > 0
 
     @property
@@ -1300,7 +1460,12 @@ class _DeliveryUnit:
     def outcome(self, publishes: list[Envelope]) -> Settlement:
         d, owned = self._d, self._d.lane.owned
         outcome = Outcome(
-            arrival=d.arrival, state="done", event_hash=d.event_hash, waited=d.waited, publishes=publishes
+            arrival=d.arrival,
+            state="done",
+            event_hash=d.event_hash,
+            waited=d.waited,
+            begun=d.begun,
+            publishes=publishes,
         )
         if d.handler.guarantee == "effectively-once":
             outcome.inbox = self._worker._inbox(d)

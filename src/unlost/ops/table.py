@@ -102,10 +102,7 @@ def missing_lines(books: Books, named: Sequence[Named], *, shown: int = NAMED_SH
     if books.unaccounted:
         lines.append(f"UNACCOUNTED {books.unaccounted:,}")
     for m in named[:shown]:
-        what = f"{m.type or 'an event'} {m.id or '(its id is not known)'}"
-        lines.append(f"  {safe(what)}" + (f"  key {safe(m.key)}" if m.key is not None else ""))
-        lines.append(f"      {m.service} {m.topic}/{m.partition}:{m.position}: {m.why}")
-        lines.append(f"      last seen {safe(m.last_seen)}")
+        lines += [*_named(m), f"      last seen {safe(m.last_seen)}"]
     rest = books.unaccounted - min(len(named), shown)
     if rest > 0:
         lines.append(f"  … and {rest:,} more")
@@ -118,6 +115,25 @@ def missing_lines(books: Books, named: Sequence[Named], *, shown: int = NAMED_SH
     if len(ranges) > shown:
         lines.append(f"  … and {len(ranges) - shown:,} ranges more")
     return lines
+
+
+def abandoned_lines(books: Books, named: Sequence[Named], *, shown: int = NAMED_SHOWN) -> list[str]:
+    """What handlers that get their events at most once did not bring to an end, by name."""
+    if not books.abandoned:
+        return []
+    lines = [f"abandoned {len(books.abandoned):,}: begun at most once, and not ended by a crash or an error"]
+    for m in named[:shown]:
+        lines += _named(m)
+    rest = len(books.abandoned) - min(len(named), shown)
+    return [*lines, f"  … and {rest:,} more"] if rest > 0 else lines
+
+
+def _named(m: Named) -> list[str]:
+    what = f"{m.type or 'an event'} {m.id or '(its id is not known)'}"
+    return [
+        f"  {safe(what)}" + (f"  key {safe(m.key)}" if m.key is not None else ""),
+        f"      {m.service} {m.topic}/{m.partition}:{m.position}: {m.why}",
+    ]
 
 
 def safe(text: str) -> str:

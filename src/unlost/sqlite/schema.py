@@ -10,7 +10,7 @@ one b-tree, appended at one place per partition, and a range scan is a partition
 from __future__ import annotations
 
 APPLICATION_ID = 0x554E4C53  # "UNLS"
-FORMAT = 3
+FORMAT = 4
 POSITION_BITS = 40
 POSITION_MAX = (1 << POSITION_BITS) - 1
 
@@ -175,6 +175,10 @@ create table unlost_follower (
     position integer not null, note text not null,
     primary key (service, topic, partition)
 ) without rowid;
+""",
+    4: """
+-- those of `fated` that a handler has in hand which gets its events at most once: runs, see store/progress.py
+alter table unlost_progress add column begun blob not null default x'';
 """,
 }
 TABLES = BASE + "".join(LATER.values())

@@ -71,13 +71,17 @@ class Known(NamedTuple):
     place: tuple[str, int, int] | None = None  # topic, partition, position
 
 
-State = Literal["done", "skipped", "dead", "retrying", "parked", "attempted"]
+State = Literal["done", "skipped", "dead", "retrying", "parked", "attempted", "begun", "abandoned"]
+
+
+LISTED: tuple[State, ...] = ("dead", "retrying", "parked", "abandoned")  # one by one in the ledger; others are counted
 
 
 class Outcome(msgspec.Struct, kw_only=True):
     """What became of one delivery, in the form that the store makes durable.
 
-    `attempted` is no end: the event is still in hand, only its failed attempts are remembered.
+    `attempted` is no end: the event is still in hand, only its failed attempts are remembered. Nor is `begun`: the event
+    is about to be handled at most once, and will not be delivered again; its end then comes with `begun` set.
     """
 
     arrival: Arrival
@@ -85,11 +89,17 @@ class Outcome(msgspec.Struct, kw_only=True):
     rule: str = ""  # of a skip
     event_hash: int = 0
     waited: bool = False  # it came from the waiting room, not from the log
+    begun: bool = False  # that it was about to be handled is durable, and this is what became of it
     publishes: Sequence[Envelope] = ()
     inbox: Inbox | None = None
     death: Death | None = None
     due: int | None = None
     attempts: Sequence[Attempt] = ()
+
+
+def counted_as(o: Outcome) -> str | None:
+    """How the books count it; None where the ledger lists it one by one."""
+    return None if o.state in LISTED else f"skipped:{o.rule}" if o.state == "skipped" else o.state
 
 
 class Settlement(msgspec.Struct, frozen=True):
@@ -101,6 +111,9 @@ class Settlement(msgspec.Struct, frozen=True):
     gaps: Sequence[Gap] = ()
     done: Sequence[int] = ()  # positions of events that were handled, and have no other consequence
     done_digest: int = 0  # the XOR of their hashes
+    begun: Sequence[int] = ()  # positions of events that are about to be handled, and will not be delivered again
+    begun_digest: int = 0
+    ended: Sequence[int] = ()  # of these, in an earlier commit: they were handled, and have no other consequence
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +176,7 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True):
     keyless: dict[int, int]  # position -> due time, of waiting events without a key
     guessed: bool = False  # nobody knows which of the suspects were really in a handler
     aside: int  # how many events stand in the waiting room and on the shelf
+    abandoned: int = 0  # how many events the owner before had begun and not ended: they are listed, and not delivered
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
+from unlost.audit import BEGUN
 from unlost.errors import Damaged, invariant
 
 
@@ -106,6 +107,14 @@ class Runs:
         self._starts, self._ends = starts, ends
         return len(self) - before
 
+    def remove_many(self, positions: list[int]) -> int:
+        """Takes positions out; returns how many were in."""
+        before, gone = len(self), Runs()
+        gone.add_many(positions)
+        left = [kept for start, end in self for kept in gone.gaps(start, end)]
+        self._starts, self._ends = [a for a, _ in left], [b for _, b in left]
+        return before - len(self)
+
     def first_gap(self, start: int) -> int:
         """The first position at or above `start` that is not in."""
         i = bisect_right(self._starts, start) - 1
@@ -158,13 +167,18 @@ class Runs:
 class Progress:
     """The saved state of one unit, and the only way to change it."""
 
-    __slots__ = ("counts", "digest", "fated", "position")
+    __slots__ = ("begun", "counts", "digest", "fated", "position")
 
-    def __init__(self, position: int, fated: Runs, counts: dict[str, int], digest: int) -> None:
+    def __init__(
+        self, position: int, fated: Runs, counts: dict[str, int], digest: int, begun: Runs | None = None
+    ) -> None:
         self.position = position
         self.fated = fated
         self.counts = counts
         self.digest = digest
+        self.begun = (
+            Runs() if begun is None else begun
+        )  # those of `fated` that are in the hands of a handler that gets them once
 
     def settle(self, position: int, event_hash: int, counted_as: str | None) -> None:
         """Gives a position its outcome. `counted_as` is None where the ledger lists the event one by one."""
@@ -177,12 +191,44 @@ class Progress:
 
     def settle_done(self, positions: list[int], digest: int) -> None:
         """Many events that were handled, with the XOR of their hashes."""
+        self._add(positions, digest, "done")
+
+    def begin(self, positions: list[int], digest: int) -> None:
+        """Many events that are about to be handled, and will not be delivered again whatever happens."""
+        self._add(positions, digest, BEGUN)
+        self.begun.add_many(positions)
+
+    def begin_again(self, position: int) -> None:
+        """The same for an event that waited in the store: it has its place in the books already."""
+        self.begun.add(position)
+        self.count(BEGUN, 1)
+
+    def end(self, positions: list[int], counted_as: str | None) -> None:
+        """What became of events that were begun. `counted_as` is None where the ledger lists them one by one."""
+        invariant(
+            self.begun.remove_many(positions) == len(positions),
+            f"of {len(positions)} positions from {min(positions)} on, one was not begun",
+        )
+        self.count(BEGUN, -len(positions))
+        if not self.counts[BEGUN]:
+            del self.counts[BEGUN]
+        if counted_as is not None:
+            self.count(counted_as, len(positions))
+
+    def abandon(self) -> list[int]:
+        """Whoever had begun them is gone: nobody knows whether they were handled. Returns their positions."""
+        positions = [position for start, end in self.begun for position in range(start, end)]
+        if positions:
+            self.end(list(positions), None)
+        return positions
+
+    def _add(self, positions: list[int], digest: int, state: str) -> None:
         invariant(
             min(positions) >= self.position and self.fated.add_many(positions) == len(positions),
             f"of {len(positions)} positions from {min(positions)} on, one has an outcome already",
         )
         self.digest ^= digest
-        self.count("done", len(positions))
+        self.count(state, len(positions))
         self.position = self.fated.first_gap(self.position)
 
     def pass_over(self, start: int, end: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import apsw
 import msgspec
 
+from unlost.audit import BEGUN
 from unlost.errors import Fenced, UnlostError, UsageError, invariant
 from unlost.events import Envelope, decode_head, event_hash
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
@@ -28,6 +29,7 @@ from unlost.store import port, queues, shelf
 from unlost.store.outbox import SqliteCopies, SqliteOutbox, put_raw
 from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
+    LISTED,
     Attempt,
     Block,
     Death,
@@ -41,6 +43,7 @@ from unlost.store.port import (
     SyncBlock,
     Taken,
     Waiting,
+    counted_as,
 )
 from unlost.store.progress import Progress, Runs
 from unlost.store.session_blocks import SessionBlock, SyncSessionBlock
@@ -184,6 +187,10 @@ class SqliteStore:
             self._settle_one(tx, unit, progress, outcome, attempts)
         if settlement.done:
             progress.settle_done(list(settlement.done), settlement.done_digest)
+        if settlement.ended:
+            progress.end(list(settlement.ended), "done")
+        if settlement.begun:
+            progress.begin(list(settlement.begun), settlement.begun_digest)
         for gap in settlement.gaps:
             _pass_over(tx, unit, progress, gap)
         _save(tx, unit, progress, attempts)
@@ -201,9 +208,9 @@ class SqliteStore:
         if o.state == "attempted":
             attempts[position] = o.attempts
             return
-        if not o.waited and position in progress.fated:
+        if not (o.waited or o.begun) and position in progress.fated:
             invariant(False, f"{unit}:{position} is settled twice")
-        if o.waited:
+        if o.waited and not o.begun:
             invariant(_waits(tx, unit, position), f"{unit}:{position} is settled twice: it does not wait any more")
         if o.inbox is not None and not _enter_inbox(tx, unit.service, o.inbox):
             _as_repeated(tx, unit.service, o, o.inbox)
@@ -216,16 +223,20 @@ class SqliteStore:
                 put_raw(tx, copy)
         elif o.state in ("retrying", "parked"):
             _wait(tx, unit, o)
-        listed = o.state in ("dead", "retrying", "parked")
-        counted = None if listed else o.state if o.state == "done" else f"skipped:{o.rule}"
-        if o.waited:
+        listed, counted = o.state in LISTED, counted_as(o)
+        if o.begun:
+            progress.end([position], counted)
+        elif o.waited:
             if o.state not in ("retrying", "parked"):
                 tx.execute(
                     "delete from unlost_waiting where service = ? and topic = ? and partition = ? and position = ?",
                     (*unit, position),
                 )
-            if counted is not None:
+            if o.state == BEGUN:
+                progress.begin_again(position)
+            elif counted is not None:
                 progress.count(counted, 1)
+            if counted is not None:
                 tx.execute(
                     "delete from unlost_ledger where service = ? and topic = ? and partition = ? and position = ?",
                     (*unit, position),
@@ -620,13 +631,13 @@ def log_start(tx: Transaction, number: int) -> tuple[int, int]:
 
 def _load(tx: Transaction, unit: Unit, epoch: int) -> Progress:
     row = tx.one(
-        "select epoch, position, fated, counts, digest from unlost_progress "
+        "select epoch, position, fated, counts, digest, begun from unlost_progress "
         "where service = ? and topic = ? and partition = ?",
         unit,
     )
     if row is None or row[0] != epoch:
         raise _fenced(unit, row and row[0], epoch)
-    return Progress(row[1], Runs.decode(row[2]), _decode_counts(row[3]), row[4])
+    return Progress(row[1], Runs.decode(row[2]), _decode_counts(row[3]), row[4], Runs.decode(row[5]))
 
 
 def _save(tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Sequence[Attempt] | None]) -> None:
@@ -644,13 +655,14 @@ def _save(tx: Transaction, unit: Unit, progress: Progress, changed: dict[int, Se
                     kept.pop(position, None)
             attempts = _json.encode(kept).decode()
     tx.execute(
-        "update unlost_progress set position = ?, fated = ?, counts = ?, digest = ?, attempts = coalesce(?, attempts) "
-        "where service = ? and topic = ? and partition = ?",
+        "update unlost_progress set position = ?, fated = ?, counts = ?, digest = ?, begun = ?, "
+        "attempts = coalesce(?, attempts) where service = ? and topic = ? and partition = ?",
         (
             progress.position,
             progress.fated.encode(),
             _json.encode(progress.counts).decode(),
             progress.digest,
+            progress.begun.encode(),
             attempts,
             *unit,
         ),
@@ -765,12 +777,12 @@ def _shelve(tx: Transaction, unit: Unit, o: Outcome) -> None:
 
 def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains]) -> Taken:
     row = tx.one(
-        "select epoch, owner, clean, position, fated, attempts, topic_id from unlost_progress "
+        "select epoch, owner, clean, position, fated, attempts, topic_id, begun from unlost_progress "
         "where service = ? and topic = ? and partition = ?",
         unit,
     )
     invariant(row is not None, f"{unit} was registered before it was taken")
-    epoch, before, clean, position, fated, attempts, topic_id = row
+    epoch, before, clean, position, fated, attempts, topic_id, begun = row
     topic = tx.topic(unit.topic)
     if topic.id != topic_id:
         raise UsageError(
@@ -791,6 +803,7 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
         "where service = ? and topic = ? and partition = ?",
         (epoch, owner, _json.encode(history).decode(), *unit),
     )
+    abandoned = _abandon(tx, unit, epoch) if begun else 0
     pid = tx.one("select pid from unlost_process where id = ?", (owner,))
     tx.execute(
         "insert into unlost_epoch values (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -808,8 +821,19 @@ def _take(tx: Transaction, unit: Unit, owner: str, look: Callable[[str], Remains
     )[0]
     return Taken(
         unit=unit, epoch=epoch, address=address, position=position, fated=done, attempts=history, suspects=suspects,
-        waiting=waiting, keyless=keyless, aside=aside,
+        waiting=waiting, keyless=keyless, aside=aside, abandoned=abandoned,
     )  # fmt: skip
+
+
+def _abandon(tx: Transaction, unit: Unit, epoch: int) -> int:
+    """Events that the owner before had begun to handle at most once, and of which nobody knows more, are listed."""
+    progress = _load(tx, unit, epoch)
+    positions = progress.abandon()
+    for position in positions:
+        row = (*unit, position, "abandoned", "", tx.world.now())
+        tx.execute("insert into unlost_ledger values (?, ?, ?, ?, ?, ?, ?)", row)
+    _save(tx, unit, progress, {})
+    return len(positions)
 
 
 def _address(unit: Unit, first_number: int) -> int:

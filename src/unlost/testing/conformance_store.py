@@ -227,6 +227,7 @@ class Owner:
 
 
 STORE_SCENARIOS: list[Scenario[StoreCase]] = []
+"""What `check_store` tries, one promise of the store's port each."""
 promise = scenario
 
 
@@ -452,6 +453,56 @@ async def many_handled_at_once(c: StoreCase) -> None:
     before = await rig.tables()
     same(list(await settle([11])), [owner.unit], "fenced units")
     await unchanged(rig, before, "settling under an older epoch")
+
+
+@promise(STORE_SCENARIOS)
+async def begun_at_most_once(c: StoreCase) -> None:
+    """An event that was begun at most once is not delivered again: it ends once, or the next owner lists it as abandoned,
+    after a crash and after a clean stop."""
+    rig = await c.open()
+    owner = await c.owner(rig)
+    hashes = {position: owner.outcome(position, "done").event_hash for position in range(10)}
+
+    async def settle(*outcomes: Outcome, begun: Sequence[int] = (), ended: Sequence[int] = ()) -> Sequence[Unit]:
+        digest = 0
+        for position in begun:
+            digest ^= hashes[position]
+        settlement = Settlement(
+            owner.unit, owner.taken.epoch, outcomes, begun=list(begun), begun_digest=digest, ended=list(ended)
+        )
+        return await rig.store.settle([settlement])
+
+    same(list(await settle(owner.outcome(8, "retrying", key=b"8"), begun=[0, 1, 2, 3, 4, 5, 6])), [], "fenced units")
+    same(await owner.counts(), {"begun": 7}, "counts of what was begun")
+    (row,) = await owner.rows("progress")
+    same((row["position"], list(Runs.decode(row["begun"]))), (7, [(0, 7)]), "position, and what was begun")
+    same(list(await settle(owner.outcome(8, "begun", key=b"8", waited=True))), [], "fenced units")
+    same((await owner.ledger(), await owner.rows("waiting")), ({}, []), "what waited and was begun")
+    await settle(
+        owner.outcome(2, "done", begun=True, publishes=[envelope(c.name("topic"))]), owner.outcome(3, "abandoned", begun=True),
+        owner.outcome(4, "dead", begun=True), owner.outcome(5, "skipped", begun=True), ended=[0, 1], begun=[7],
+    )  # fmt: skip
+    counts = {"begun": 3, "done": 3, "skipped:where": 1}
+    same((await owner.counts(), await owner.ledger()), (counts, {3: "abandoned", 4: "dead"}), "the books")
+    before = await rig.tables()
+    for ended in ([0], [9], [6, 6]):
+        await refused(settle(ended=ended), Bug, f"the end of {ended}, of which one is not begun")
+        await unchanged(rig, before, f"refusing the end of {ended}")
+    await refused(settle(begun=[9, 2]), Bug, "beginning one that has an outcome")
+    await unchanged(rig, before, "refusing to begin again")
+    taken = await owner.take()
+    same((taken.abandoned, taken.position, list(taken.fated)), (3, 9, [(0, 9)]), "what the next owner gets")
+    listed = dict.fromkeys((3, 6, 7, 8), "abandoned") | {4: "dead"}
+    same((await owner.counts(), await owner.ledger()), ({"done": 3, "skipped:where": 1}, listed), "the books")
+    (row,) = await owner.rows("progress")
+    wanted = 0
+    for position in range(9):
+        wanted ^= hashes[position]
+    same((row["digest"], list(Runs.decode(row["begun"]))), (wanted, []), "digest, and what is begun")
+    await owner.give()
+    same((await owner.take()).abandoned, 0, "what the owner after it gets")
+    late = Settlement(owner.unit, taken.epoch, [], ended=[6])
+    same(list(await rig.store.settle([late])), [owner.unit], "fenced units")
 
 
 @promise(STORE_SCENARIOS)

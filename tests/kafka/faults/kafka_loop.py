@@ -420,7 +420,7 @@ class Loop:
             self.report.wrong.append(f"{name} ended with {code} after its SIGTERM; see {self.stage.log}")
 
 
-SERVICES = ("plain", "ledger", "thread", "relay", "flaky", "strict", "loose", "sink", "carrier", "press")
+SERVICES = ("plain", "ledger", "thread", "relay", "flaky", "strict", "loose", "sink", "carrier", "press", "swift")
 NEEDS = {  # which services a contract is about, where its name does not say it
     "relay-block": {"relay"},
     "sink-echo": {"plain", "sink"},

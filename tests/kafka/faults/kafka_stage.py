@@ -20,7 +20,7 @@ from child import Child as Process
 from child import context
 from evidence import Effect, Journal, read
 from kafka_books import Note, Unit, balance, noted, positions
-from workload import SCHEMA, effects
+from workload import SCHEMA, effects, note_named
 
 from unlost.ops import books as books_module
 from unlost.ops.connect import opened
@@ -153,6 +153,9 @@ class Stage:
 
         `expired`: per service the positions (of one partition) that the product must name as expired, and no others.
         """
+        with opened(f"kafka://{self.inside}?prefix={self.prefix}", store=f"embedded://{self.store}") as looking:
+            records, log = looking.pair()
+            note_named(books_module.books(records, log=log), log, self.folder)
         found = [str(a) for a in check(read(self.evidence), self.effects(), contracts, atomic_batches=False)]
         found += [f"audit: {line}" for line in balance(self.store, self.inside, self.prefix)]
         return found + [f"product audit: {line}" for line in self.audit(expired or {})]

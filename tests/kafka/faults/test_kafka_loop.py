@@ -20,7 +20,7 @@ from servers.kafka import Kafka
 
 SECONDS = float(os.environ.get("SECONDS", "12"))
 LONG = SECONDS > 60
-SOME = ("plain", "ledger", "relay", "strict", "sink", "carrier")  # each kind of handler; a long run has all
+SOME = ("plain", "ledger", "relay", "strict", "sink", "carrier", "swift")  # each kind of handler; a long run has all
 
 # who manages a group by KIP-848 decides how soon a member is missed, not its client
 QUICK_GROUPS = {"group.consumer.session.timeout.ms": "1500", "group.consumer.heartbeat.interval.ms": "300"}

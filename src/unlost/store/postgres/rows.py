@@ -13,10 +13,23 @@ from typing import Any, overload
 
 import msgspec
 
+from unlost.audit import BEGUN
 from unlost.errors import Fenced, UsageError, invariant
 from unlost.events import Envelope, decode_head, encode_head
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
-from unlost.store.port import Attempt, Death, Inbox, Known, Mirrored, Outcome, Settlement, Taken, Waiting
+from unlost.store.port import (
+    LISTED,
+    Attempt,
+    Death,
+    Inbox,
+    Known,
+    Mirrored,
+    Outcome,
+    Settlement,
+    Taken,
+    Waiting,
+    counted_as,
+)
 from unlost.store.postgres.schema import SHARDS
 from unlost.store.progress import Progress, Runs
 from unlost.store.session_blocks import handled_meanwhile
@@ -237,10 +250,9 @@ class _Plan:
     def settle(self, unit: Unit, progress: Progress, o: Outcome) -> None:
         """The consequence of one outcome, then its place in the books."""
         a, place = o.arrival, (unit, o.arrival.position)
-        listed = o.state in ("dead", "retrying", "parked")
-        counted = None if listed else o.state if o.state == "done" else f"skipped:{o.rule}"
+        listed, counted = o.state in LISTED, counted_as(o)
         self.publishes.extend(o.publishes)
-        if o.waited:
+        if o.waited and not o.begun:
             invariant(place in self.waits, f"{unit}:{a.position} is settled twice: it does not wait any more")
         if o.state == "dead":
             self.shelf.append(_shelf_row(unit, o, self.now))
@@ -250,13 +262,18 @@ class _Plan:
             self.waiting[place] = (
                 *unit, a.position, a.key, o.due, len(o.attempts), _text(o.attempts), a.stored_head, a.data, a.recorded,
             )  # fmt: skip
-        elif o.waited:
+        elif o.waited and not o.begun:
             self.waits.discard(place)
             self.waiting.pop(place, None)
             self.waited.add(place)
-        if o.waited:
-            if counted is not None:
+        if o.begun:
+            progress.end([a.position], counted)
+        elif o.waited:
+            if o.state == BEGUN:
+                progress.begin_again(a.position)
+            elif counted is not None:
                 progress.count(counted, 1)
+            if counted is not None:
                 self.ledger.pop(place, None)
                 self.unlisted.add(place)
         else:
@@ -360,7 +377,7 @@ def settle(settlements: Sequence[Settlement], now: int, mirror: Any = None) -> S
     units = sorted({s.unit for s in settlements})
     rows = yield (
         "select p.service, p.topic, p.partition, p.number, p.epoch, p.position, p.fated, p.counts, p.digest, p.attempts, "
-        f"p.alone from {_UNITS} join unlost_progress p using (service, topic, partition) "
+        f"p.alone, p.begun from {_UNITS} join unlost_progress p using (service, topic, partition) "
         "order by p.service, p.topic, p.partition for update of p",
         units_of(units),
     )
@@ -375,13 +392,13 @@ def settle(settlements: Sequence[Settlement], now: int, mirror: Any = None) -> S
     for s in valid:
         row = saved[s.unit]
         if s.unit not in changed:
-            changed[s.unit] = (Progress(row[2], Runs.decode(bytes(row[3])), _decode_counts(row[4]), row[5]), {})
+            changed[s.unit] = (_progress(row), {})
         progress, attempts = changed[s.unit]
         for o in s.outcomes:
             if o.state == "attempted":
                 attempts[o.arrival.position] = o.attempts
                 continue
-            if not o.waited:
+            if not (o.waited or o.begun):
                 invariant(o.arrival.position not in progress.fated, f"{s.unit}:{o.arrival.position} is settled twice")
                 attempts[o.arrival.position] = None
             plan.settle(s.unit, progress, o)
@@ -389,6 +406,10 @@ def settle(settlements: Sequence[Settlement], now: int, mirror: Any = None) -> S
                 plan.copies.append(copy)
         if s.done:
             progress.settle_done(list(s.done), s.done_digest)
+        if s.ended:
+            progress.end(list(s.ended), "done")
+        if s.begun:
+            progress.begin(list(s.begun), s.begun_digest)
         for gap in s.gaps:
             plan.pass_over(s.unit, progress, gap)
     yield from plan.write()
@@ -396,30 +417,38 @@ def settle(settlements: Sequence[Settlement], now: int, mirror: Any = None) -> S
     return fenced
 
 
+def _progress(row: Sequence[Any]) -> Progress:
+    """From the columns that `settle` asks for."""
+    return Progress(row[2], Runs.decode(bytes(row[3])), _decode_counts(row[4]), row[5], Runs.decode(bytes(row[8])))
+
+
 def happened(settlements: Sequence[Settlement]) -> Steps[bool]:
     """Whether a commit of these outcomes is there: nobody else gives them an outcome under their epoch, and a commit is
     there as a whole, so one trace of it tells. Without any trace it may be repeated: nothing in it could then differ."""
     rows = yield (
-        f"select p.service, p.topic, p.partition, p.epoch, p.fated from {_UNITS} "
+        f"select p.service, p.topic, p.partition, p.epoch, p.fated, p.begun from {_UNITS} "
         "join unlost_progress p using (service, topic, partition)",
         units_of({s.unit for s in settlements}),
     )
-    saved = {Unit(*row[:3]): (row[3], Runs.decode(bytes(row[4]))) for row in rows}
+    saved = {Unit(*row[:3]): (row[3], Runs.decode(bytes(row[4])), Runs.decode(bytes(row[5]))) for row in rows}
     for s in settlements:
-        epoch, fated = saved.get(s.unit, (None, Runs()))
-        fresh = [o.arrival.position for o in s.outcomes if o.state != "attempted" and not o.waited]
-        if epoch == s.epoch and (fresh or s.done):
-            return (*fresh, *s.done)[0] in fated
-    ended = [
+        epoch, fated, begun = saved.get(s.unit, (None, Runs(), Runs()))
+        fresh = [o.arrival.position for o in s.outcomes if o.state != "attempted" and not (o.waited or o.begun)]
+        ended = [o.arrival.position for o in s.outcomes if o.begun]
+        if epoch == s.epoch and (fresh or s.done or s.begun):
+            return (*fresh, *s.done, *s.begun)[0] in fated
+        if epoch == s.epoch and (ended or s.ended):
+            return (*ended, *s.ended)[0] not in begun
+    left = [
         (s.unit, o.arrival.position)
         for s in settlements
         for o in s.outcomes
         if o.waited and o.state not in ("retrying", "parked", "attempted") and saved.get(s.unit, (None,))[0] == s.epoch
     ]
-    if not ended:
+    if not left:
         return False
     waits = yield from _waiting_now(settlements)
-    return ended[0] not in waits
+    return left[0] not in waits
 
 
 def _save(
@@ -438,12 +467,15 @@ def _save(
             stored = _json.encode(kept).decode()
         counts = _json.encode(progress.counts).decode()
         still_alone = None if alone in attempts else alone  # it has come through
-        rows.append((number, progress.position, progress.fated.encode(), counts, progress.digest, stored, still_alone))
+        begun = progress.begun.encode()
+        rows.append(
+            (number, progress.position, progress.fated.encode(), begun, counts, progress.digest, stored, still_alone)
+        )
     yield (
-        "update unlost_progress p set position = u.position, fated = u.fated, counts = u.counts, digest = u.digest, "
-        "attempts = u.attempts, alone = u.alone "
-        "from unnest(?::integer[], ?::bigint[], ?::bytea[], ?::text[], ?::bigint[], ?::text[], ?::bigint[]) "
-        "as u(number, position, fated, counts, digest, attempts, alone) where p.number = u.number",
+        "update unlost_progress p set position = u.position, fated = u.fated, begun = u.begun, counts = u.counts, "
+        "digest = u.digest, attempts = u.attempts, alone = u.alone "
+        "from unnest(?::integer[], ?::bigint[], ?::bytea[], ?::bytea[], ?::text[], ?::bigint[], ?::text[], ?::bigint[]) "
+        "as u(number, position, fated, begun, counts, digest, attempts, alone) where p.number = u.number",
         [list(column) for column in zip(*rows, strict=True)],
     )
 
@@ -642,12 +674,13 @@ def pin(service: str, topic: TopicInfo) -> Steps[None]:
 def take(unit: Unit, owner: str, pid: int, living: set[str], now: int) -> Steps[Taken]:
     """Makes `owner` the one who may settle this unit. `living` are the processes that live."""
     row = yield from one(
-        "select epoch, owner, clean, position, fated, attempts, number, deaths, died_at, alone from unlost_progress "
+        "select epoch, owner, clean, position, fated, attempts, number, deaths, died_at, alone, counts, digest, begun "
+        "from unlost_progress "
         f"where {UNIT} for update",
         unit,
     )
     invariant(row is not None, f"{unit} was registered before it was taken")
-    epoch, before, clean, position, fated, attempts, number, deaths, died_at, alone = row
+    epoch, before, clean, position, fated, attempts, number, deaths, died_at, alone, counts, digest, begun = row
     epoch += 1
     unclean = not clean and before is not None
     died = unclean and before not in living
@@ -681,14 +714,29 @@ def take(unit: Unit, owner: str, pid: int, living: set[str], now: int) -> Steps[
         (*unit, epoch, owner, pid, now, position, int(unclean)),
     )
     yield f"delete from unlost_epoch where {UNIT} and epoch <= ?", (*unit, epoch - EPOCHS_KEPT)
+    abandoned = 0
+    if begun:
+        progress = Progress(position, done, _decode_counts(counts), digest, Runs.decode(bytes(begun)))
+        abandoned = yield from _abandon(unit, number, progress, now)
     waiting, keyless = yield from _waiting_keys(unit)
     (aside,) = yield from one(
         f"select count(*) from unlost_ledger where {UNIT} and state in ('retrying', 'parked', 'dead')", unit
     )
     return Taken(
         unit=unit, epoch=epoch, address=number, position=position, fated=done, attempts=history, suspects=suspects,
-        waiting=waiting, keyless=keyless, aside=aside, guessed=guessed,
+        waiting=waiting, keyless=keyless, aside=aside, guessed=guessed, abandoned=abandoned,
     )  # fmt: skip
+
+
+def _abandon(unit: Unit, number: int, progress: Progress, now: int) -> Steps[int]:
+    """Events that the owner before had begun to handle at most once, and of which nobody knows more, are listed."""
+    positions = progress.abandon()
+    yield from insert("unlost_ledger", _LEDGER, [(*unit, position, "abandoned", "", now) for position in positions])
+    yield (
+        "update unlost_progress set begun = ''::bytea, counts = ? where number = ?",
+        (_json.encode(progress.counts).decode(), number),
+    )
+    return len(positions)
 
 
 _KILLED = "its process was killed (or hung) while it handled only this event"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from unlost.errors import UsageError
 
-FORMAT = 1
+FORMAT = 2
 SHARDS = 16  # parts of an outbox that relays share; a key is in one of them
 
 # `{s}` is the quoted name of the schema.
@@ -184,7 +184,12 @@ create table {s}.unlost_copy (
 """
 
 # What came after a format that has been in use: by the format it came with.
-LATER: dict[int, str] = {}
+LATER = {
+    2: """
+-- those of `fated` that a handler has in hand which gets its events at most once: runs, see store/progress.py
+alter table {s}.unlost_progress add column begun bytea not null default '';
+""",
+}
 
 TABLES = (
     "meta", "process", "service", "progress", "epoch", "inbox", "ledger", "waiting", "shelf", "operation", "gap", "outbox",
@@ -214,7 +219,8 @@ def statements(schema: str, found: int) -> list[str]:
     s = quoted(schema)
     if found > FORMAT:
         raise newer(schema, found)
-    wanted = [LATER[n] for n in range(found + 1, FORMAT + 1) if n in LATER] if found else [CREATE]
+    wanted = [] if found else [CREATE]
+    wanted += [text for n, text in LATER.items() if n > found]
     parts = [f"create schema if not exists {s};"] if not found else []
     parts += [text.format(s=s) for text in wanted]
     if found == 0:
