@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from cli_kit import Result, Shell
 
+from unlost.brokers.embedded import indexer
 from unlost.errors import UnlostError
 from unlost.ops import trace as ops
 from unlost.ops.connect import opened
@@ -130,7 +131,7 @@ def shop(tmp_path: Path) -> Shop:
 
 
 @pytest.fixture(scope="module")
-def used(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+def history(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """One order of each kind has been through it. Only looked at."""
     shop = Shop(tmp_path_factory.mktemp("trace"))
     shop.order("good-1", "order-0001-placed")
@@ -138,6 +139,17 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     shop.note("good-1")
     shop.run()
     return shop
+
+
+@pytest.fixture(params=["index", "everything is read"])
+def used(history: Shop, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    """All is found in segments, or the log is one without an index."""
+    if request.param == "index":
+        monkeypatch.setattr(indexer, "TAIL_MAX", 1)
+        monkeypatch.setattr(indexer, "BATCH", 2)
+    else:
+        monkeypatch.setattr(ops, "Findable", ())
+    return history
 
 
 def test_a_flow_is_shown_from_its_first_event_on_each_after_its_cause(used: Shop) -> None:
@@ -257,6 +269,16 @@ def test_what_is_not_there_is_an_error_that_says_what_was_searched(used: Shop) -
 
 def assert_usage(result: Result, code: str) -> None:
     assert result.code == 2 and code in result.err, result
+
+
+def test_the_index_is_used_where_there_is_one(history: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("order-0001-placed", "zero-1", "c1", "order-0001")
+    whole = [history.trace(text) for text in asked]
+    monkeypatch.setattr(ops, "Findable", ())
+    assert [history.trace(text) for text in asked] == whole
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "_everything", lambda *_: pytest.fail("everything was read"))
+    assert [history.trace(text) for text in asked[:3]] == whole[:3]
 
 
 def test_of_many_flows_the_newest_are_shown(used: Shop) -> None:

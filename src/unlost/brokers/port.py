@@ -17,9 +17,10 @@ The suite `unlost.testing.check_broker` holds every adapter to this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -50,7 +51,15 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Proof that an event is durable: where it stands in the log."""
+    """Proof that an event is durable: where it stands in the log. `recorded` is in microseconds since 1970.
+
+    **Guarantee** who has it need not publish again: the event survives what the broker declares.
+
+    Example:
+        >>> receipt = Receipt(id="order-A1-placed", topic="order", partition=3, position=0, recorded=1_767_323_045_000_000)
+        >>> f"{receipt.topic}/{receipt.partition}:{receipt.position}"
+        'order/3:0'
+    """
 
     id: str
     topic: str
@@ -226,6 +235,24 @@ class Log(Protocol):
         """Until there may be something new, at most so long."""
 
     def close(self) -> None: ...
+
+
+Find = Callable[[Collection[bytes]], Iterator[tuple[str, int, int]]]  # topic, partition, position
+
+
+@runtime_checkable
+class Findable(Protocol):
+    """What a log can do beyond that, if its broker keeps an index: find events without reading everything."""
+
+    def finder(self) -> AbstractContextManager[Find]:
+        """A function that names, a partition after the other and in order, the places of all events that have one of these
+        texts as their key, id or correlation, and of a few others: read them and look. It may write, beside the log.
+
+        Begin it before `together`; what it finds is of the moment that `read` sees.
+
+        Raises:
+            Damaged: an event that had to be read for it is damaged or missing.
+        """
 
 
 class Broker(Protocol):

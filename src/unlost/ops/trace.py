@@ -1,20 +1,23 @@
 """One flow of events: what caused what, and where each branch of it stands. From the log and the store alone.
 
 Events carry their cause and their correlation (see `events/envelope.py`), so a flow is all events of one correlation.
-Finding it reads the log twice: once for what was asked for, once for the flows that this belongs to. What is neither
-listed nor proved (was an event done, or skipped?) is called so, and never guessed.
+Finding it looks at the log twice: once for what was asked for, once for the flows that this belongs to. A log that keeps
+an index (`Findable`) names the events to be read; another is read from beginning to end. What is neither listed nor proved
+(was an event done, or skipped?) is called so, and never guessed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from unlost.brokers.port import Log, Place
+from unlost.brokers.port import Find, Findable, Log, Place
 from unlost.errors import Unavailable, UnlostError, UsageError
 from unlost.events import Envelope
 from unlost.events.topic import Arrival, TopicInfo, Unit
@@ -36,6 +39,7 @@ EVENTS_MAX = 1000  # of one flow
 PART_MIN = 6  # characters of an id that say which one is meant
 NAMED_MAX = 8
 PAGE = 500  # events in one look at the log
+NEAR = 16  # positions between two events up to which reading all of them is faster than reading twice
 ROWS_MAX = 100  # in one statement
 _NO_LOG = 2**63 - 1  # of a topic that is gone, the log holds nothing below this
 
@@ -110,7 +114,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     flows: Sequence[Flow]  # oldest first
     older: bool  # there are more flows, of which these are the newest
     topics: int
-    events_read: int
+    events_read: int  # that the log holds
     outbox: int  # events that are accepted, and in no log yet
     unknown: str  # why nobody can say where the branches stand; empty: it is said
 
@@ -119,9 +123,9 @@ def trace(here: Looking, text: str, *, limit: int = FLOWS, services: Sequence[Se
     """The flows of an event id or a key, at most the newest `limit`. `services` is the code, where it is at hand: it
     says who has a handler.
 
-    **Guarantee** nothing is changed. The log of every topic is read twice, a page at a time; kept is only what belongs to
-    the flows that are shown. Where log and store are one file, all of it is of one moment; elsewhere the log is read
-    first, so that an event may have gone on since.
+    **Guarantee** nothing is changed but the index of the log, where it keeps one; what is found is the same with and
+    without. Kept in memory is only what belongs to the flows that are shown. Where log and store are one file, all of it
+    is of one moment; elsewhere the log is read first, so that an event may have gone on since.
 
     Raises:
         UsageError: nothing can be asked for like this, or log and store do not belong together. UnlostError: no event
@@ -139,7 +143,9 @@ def trace(here: Looking, text: str, *, limit: int = FLOWS, services: Sequence[Se
     if not 1 <= limit <= FLOWS_MAX:
         raise UsageError("UL1352", f"a trace shows 1 to {FLOWS_MAX} flows", found=str(limit))
     records, unknown = _store_of(here)
-    return here.log.together(lambda: _trace(here.log, records, text, limit, services, unknown))
+    log = here.log
+    with log.finder() if isinstance(log, Findable) else nullcontext() as find:
+        return log.together(lambda: _trace(log, find, records, text, limit, services, unknown))
 
 
 def _store_of(here: Looking) -> tuple[Records | None, str]:
@@ -160,17 +166,31 @@ def _store_of(here: Looking) -> tuple[Records | None, str]:
 
 
 def _trace(
-    log: Log, records: Records | None, text: str, limit: int, services: Sequence[Service] | None, unknown: str
+    log: Log,
+    find: Find | None,
+    records: Records | None,
+    text: str,
+    limit: int,
+    services: Sequence[Service] | None,
+    unknown: str,
 ) -> Trace:
     infos = log.topics([name for name in log.names() if not name.startswith(OWN)])
+    kept = partial(_kept, records, infos)
     search = _Search(text, limit)
-    count = 0
-    for e in _everything(log, infos, records):
-        count += e.in_log
-        search.look_at(e)
+    if find is not None:
+        count = sum(end - start for info in infos for start, end in info.ranges)
+        search.look_at(_found(log, infos, find({text.encode()})), kept())
+    if find is None or search.may_be_part:
+        count = search.look_at(_everything(log, infos), kept())
     outbox = 0 if records is None else records.read(lambda look: records.accepted(look).events)
     found: dict[FlowId, list[Traced]] = {flow: [] for flow in search.chosen.flows()}
-    cut = _collect(found, _everything(log, infos, records), search) if found else set()
+    cut = set[FlowId]()
+    if found and find is None:
+        cut = _collect(found, chain(_everything(log, infos), kept()), search)
+    elif found and find is not None:
+        named = find({flow.encode() for flow in found if isinstance(flow, str)})
+        alone = (flow for flow in found if not isinstance(flow, str))
+        cut = _collect(found, chain(_found(log, infos, chain(named, alone)), kept()), search)
     found = {flow: _tree(events) for flow, events in found.items() if events}  # some may have gone in between
     if not found:
         raise _not_found(text, infos, count, outbox, unknown)
@@ -258,7 +278,20 @@ class _Search:
         self._exact, self._similar = _Newest(limit), _Newest(limit)
         self._by: set[str] = set()
 
-    def look_at(self, e: Traced) -> None:
+    def look_at(self, *all: Iterable[Traced]) -> int:
+        """Returns how many of them the log holds."""
+        count = 0
+        for e in chain(*all):
+            count += e.in_log
+            self._look_at(e)
+        return count
+
+    @property
+    def may_be_part(self) -> bool:
+        """No id and no key is this, and the text is long enough for a part of an id."""
+        return not self._by and len(self._part) >= PART_MIN
+
+    def _look_at(self, e: Traced) -> None:
         is_id, is_key = self._text in (e.id, e.correlation), e.key == self._key
         self._by |= {"id"} if is_id else set()
         self._by |= {"key"} if is_key else set()
@@ -286,8 +319,8 @@ def _flow_of(e: Traced) -> FlowId:
     return e.correlation or e.id or e.place
 
 
-def _everything(log: Log, infos: Sequence[TopicInfo], records: Records | None) -> Iterator[Traced]:
-    """All events of the log as it was when its topics were looked up, and those that only the store has any more."""
+def _everything(log: Log, infos: Sequence[TopicInfo]) -> Iterator[Traced]:
+    """All events of the log as it was when its topics were looked up."""
     for info in infos:
         for partition, (start, end) in enumerate(info.ranges):
             at = start
@@ -298,8 +331,35 @@ def _everything(log: Log, infos: Sequence[TopicInfo], records: Records | None) -
                 for a in arrivals:
                     yield _arrived(info.name, partition, a)
                 at = arrivals[-1].position + 1
-    if records is not None:
-        yield from _kept(records, infos)
+
+
+def _found(log: Log, infos: Sequence[TopicInfo], places: Iterable[tuple[str, int, int]]) -> Iterator[Traced]:
+    """The events at these places, as far as the log of these topics holds them. Those that stand near each other are read
+    together, where they come in order."""
+    ranges = {(info.name, n): bounds for info in infos for n, bounds in enumerate(info.ranges)}
+    near: list[tuple[str, int, int]] = []
+
+    def read() -> Iterator[Traced]:
+        if near:
+            topic, partition, first = near[0]
+            wanted, last = {position for _, _, position in near}, near[-1][2]
+            at = first
+            while at <= last and (arrivals := log.read(topic, partition, at, last - at + 1)):
+                for a in arrivals:
+                    if a.position in wanted:
+                        yield _arrived(topic, partition, a)
+                at = arrivals[-1].position + 1
+            near.clear()
+
+    for place in places:
+        start, end = ranges.get(place[:2], (0, 0))
+        if start <= place[2] < end:
+            if near and not (
+                near[-1][:2] == place[:2] and 0 < place[2] - near[-1][2] <= NEAR and place[2] - near[0][2] < PAGE
+            ):
+                yield from read()
+            near.append(place)
+    yield from read()
 
 
 def _arrived(topic: str, partition: int, a: Arrival) -> Traced:
@@ -314,8 +374,10 @@ def _fill(e: Traced, envelope: Envelope | None) -> Traced:
     return e
 
 
-def _kept(records: Records, infos: Sequence[TopicInfo]) -> Iterator[Traced]:
+def _kept(records: Records | None, infos: Sequence[TopicInfo]) -> Iterator[Traced]:
     """Dead letters and waiting events that the log does not hold any more."""
+    if records is None:
+        return
     begins = {(info.name, n): start for info in infos for n, (start, _) in enumerate(info.ranges)}
     for topic, partition in records.read(_kept_places):
         begin, at = begins.get((topic, partition), _NO_LOG), -1

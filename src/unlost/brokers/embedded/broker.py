@@ -15,6 +15,7 @@ import apsw
 import msgspec
 
 from unlost.brokers.embedded.group import EmbeddedMember
+from unlost.brokers.embedded.indexer import Indexer
 from unlost.brokers.embedded.log import SURVIVES, read_partition, read_topics
 from unlost.brokers.embedded.publisher import Publisher
 from unlost.brokers.embedded.trim import trim
@@ -46,12 +47,16 @@ class EmbeddedBroker:
         if store_elsewhere:
             self.abilities = msgspec.structs.replace(self.abilities, commits_with_store=False)
         self._publisher: Publisher | None = None
+        self._indexing: asyncio.Task[None] | None = None  # runs from the first `keep_house` on
 
     async def open(self) -> None:
         return None
 
     async def close(self) -> None:
-        return None
+        indexing, self._indexing = self._indexing, None
+        if indexing is not None:
+            indexing.cancel()
+            await asyncio.gather(indexing, return_exceptions=True)  # only a cache: why it ended is no matter any more
 
     async def declare(self, topics: Sequence[Topic]) -> Sequence[TopicInfo]:
         wanted = [(t.name, t.partitions, None if t.retention is None else int(duration(t.retention))) for t in topics]
@@ -92,6 +97,11 @@ class EmbeddedBroker:
 
     async def keep_house(self) -> None:
         await trim(self.file)
+        if self._indexing is not None and self._indexing.done():
+            indexing, self._indexing = self._indexing, None
+            await indexing  # says why it has ended
+        if self._indexing is None:
+            self._indexing = asyncio.create_task(Indexer(self.file).keep(), name="unlost-index")
 
     @property
     def identity(self) -> str:

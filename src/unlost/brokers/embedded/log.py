@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial, reduce
 from operator import xor
 from pathlib import Path
 from typing import TypeVar
 
 import apsw
 
-from unlost.brokers.port import Ledger, Place, Survives
-from unlost.errors import Damaged
-from unlost.events import decode_head, event_hash
+from unlost.brokers.embedded.index import Index
+from unlost.brokers.embedded.indexer import Indexer
+from unlost.brokers.embedded.rows import harmed, missing
+from unlost.brokers.port import Find, Ledger, Place, Survives
+from unlost.events import decode_head, event_hash, peek_head
 from unlost.events.topic import Arrival, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
@@ -146,6 +149,15 @@ class EmbeddedLog:
     def ledger(self) -> Ledger | None:
         return None
 
+    @contextmanager
+    def finder(self) -> Iterator[Find]:
+        index = Index(self._file)
+        with suppress(OSError):  # no room, no rights: what the index lacks is read in the log
+            for _ in Indexer(self._file).grow():
+                pass
+        with index.opened() as segments:
+            yield partial(index.find, segments)
+
     def wait(self, seconds: float) -> None:
         """Until the doorbell rings; without one, the whole time."""
         bell = self._file.bell.socket
@@ -175,30 +187,32 @@ def read_partition(
     try:
         for at, head, key, data, recorded, digest, crc in rows:
             if at != expected:
-                raise Damaged(
-                    "UL3005", f"{path}: events of {topic}/{partition} are missing from the log",
-                    found=f"after position {expected - base - 1} comes {at - base}", fix="run: unlost audit",
-                )  # fmt: skip
+                raise missing(path, f"{topic}/{partition}", expected - base - 1, at - base)
             if crc != row_crc(at, head, key, data, recorded, digest):
-                raise Damaged(
-                    "UL3004", f"{path} is damaged: the event at {topic}/{partition}:{at - base} does not match its checksum",
-                    fix="stop all processes, keep a copy of the folder, and restore the newest good copy",
-                )  # fmt: skip
+                raise harmed(path, f"{topic}/{partition}", at - base)
             expected += 1
-            try:
-                envelope, problem = (
-                    decode_head(head, topic=topic, key=key, data=data, recordedtime=rfc3339(recorded)),
-                    "",
-                )
-            except Exception as e:
-                envelope, problem = None, str(e)
-            found.append(Arrival(at - base, envelope, recorded, head, key, data, problem))
+            peeked = peek_head(head)
+            if peeked is not None:
+                found.append(Arrival(at - base, None, recorded, head, key, data, "", "", topic, *peeked))
+            else:
+                found.append(_looked_into(at - base, topic, head, key, data, recorded))
             size += len(head) + len(data or b"")
             if size > READ_BYTES_MAX:
                 break
     finally:
         rows.close()  # a traceback would keep it open, and with it an old snapshot of the file
     return found
+
+
+def _looked_into(
+    position: int, topic: str, head: bytes, key: bytes | None, data: bytes | None, recorded: int
+) -> Arrival:
+    """An unusual row; what is wrong with it, if it is no event."""
+    try:
+        envelope = decode_head(head, topic=topic, key=key, data=data, recordedtime=rfc3339(recorded))
+    except Exception as e:
+        return Arrival(position, None, recorded, head, key, data, str(e))
+    return Arrival(position, envelope, recorded, head, key, data)
 
 
 def read_topics(connection: apsw.Connection) -> list[TopicInfo]:
