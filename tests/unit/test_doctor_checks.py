@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +19,7 @@ import pytest
 from cli_kit import Shell
 
 from unlost.brokers.embedded import doctor as embedded
+from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.brokers.findings import CHECKS, Examination, Finding, Ours, worst
 from unlost.brokers.kafka import checks
 from unlost.brokers.kafka.facts import Facts, GroupFacts, MemberFacts, Node, Place, Reach, TopicFacts, Unread
@@ -22,10 +27,14 @@ from unlost.brokers.kafka.forecast import Forecast, forecast
 from unlost.brokers.kafka.settings import MESSAGE_BYTES_MAX, parse
 from unlost.brokers.port import Saved
 from unlost.delivery import note
-from unlost.events.topic import Unit
+from unlost.events import Envelope
+from unlost.events.topic import Topic, Unit
 from unlost.ops import doctor as ops
+from unlost.sqlite.file import File
 from unlost.store.port import Snapshot
 from unlost.store.progress import Runs
+from unlost.store.records import FileRecords
+from unlost.world import World
 
 HOUR = 3600.0
 SETTINGS = parse("kafka://b1:9092")
@@ -327,6 +336,7 @@ def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "events.db"
     path.touch(0o600)
     tmp_path.chmod(0o700)
+    monkeypatch.setattr(embedded, "file_system", lambda _: "ext4")
     assert worst([*embedded.library(), *embedded.look_at_file(path)]) == "ok"
     path.chmod(0o644)
     assert red(list(embedded.look_at_file(path)), "UL4504", "warning", "0644").fix == f"chmod 600 {path}"
@@ -337,6 +347,9 @@ def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     red(list(embedded.look_at_file(path)), "UL4503", "warning", "0.5 GB")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(9, 9, 1000))
     red(list(embedded.look_at_file(path)), "UL4503", "error", "full")
+    for kind, severity in (("nfs4", "error"), ("tmpfs", "error"), ("overlay", "note")):
+        monkeypatch.setattr(embedded, "file_system", lambda _, kind=kind: kind)
+        red(list(embedded.look_at_file(path)), "UL4502", severity, kind)
     monkeypatch.setattr(embedded, "file_system", lambda _: "nfs4")
     red(list(embedded.look_at_file(path)), "UL4502", "error", "nfs4")
     monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.46.0")
@@ -367,6 +380,196 @@ def test_the_command_on_the_embedded_broker(tmp_path: Path) -> None:
         shell.database.with_name(f"events.db{end}").unlink(missing_ok=True)
     result = shell.quick("doctor")
     assert result.code == 1 and "UL4401" in result.out and "UL3002" in result.out
+
+
+# --- what is in a file -----------------------------------------------------------------------------------
+
+DAY = 86400 * 1_000_000
+NOW = 1000 * DAY
+
+
+def file_facts(**changes: Any) -> embedded.FileFacts:
+    """A file in good order."""
+    good = embedded.FileFacts(
+        path="/events.db", now=NOW, free=100_000_000_000, wal=16_000_000, newest=NOW - 1, per_day=1_000_000.0, log_here=True,
+        held=[], living=frozenset({"billing"}), registered=[embedded.Registered("p", 7, "here", "boot", True)],
+        here=("here", "boot"), others={}, libraries={},
+    )  # fmt: skip
+    return msgspec.structs.replace(good, **changes)
+
+
+def held(**changes: Any) -> embedded.Held:
+    return embedded.Held("billing", "order", 3, 17, 5, NOW - 3 * DAY, 86400, False)._replace(**changes)
+
+
+def of_file(code: str, severity: str, text: str = "", **changes: Any) -> Finding:
+    found = [f for f in embedded.check_file(file_facts(**changes)) if f.code == code and f.severity == severity]
+    assert len(found) == 1 and text in found[0].what + found[0].evidence, embedded.check_file(file_facts(**changes))
+    assert found[0].fix or severity == "ok"
+    return found[0]
+
+
+def test_a_good_file_is_in_order_and_every_check_says_so() -> None:
+    found = embedded.check_file(file_facts())
+    assert {f.severity for f in found} == {"ok"}
+    assert [f.code for f in found] == ["UL4503", "UL1460", "UL1461", "UL4006", "UL4408", "UL4301", "UL4304"]
+
+
+def test_growth() -> None:
+    of_file("UL4503", "ok", "1.0 MB a day")
+    of_file("UL4503", "warning", "20 days", per_day=5e9)
+    of_file("UL4503", "error", "2 days", per_day=5e10)
+    of_file("UL4503", "ok", "cannot be said yet", per_day=None)
+    assert not [f for f in embedded.check_file(file_facts(log_here=False)) if f.code == "UL4503"]
+
+
+def test_the_wal_and_who_holds_it() -> None:
+    of_file("UL1460", "warning", "100.0 MB; open in pid 9 (sqlite3)", wal=100_000_000, others={9: "sqlite3"})
+    of_file("UL1460", "note", "pid 9 (sqlite3)", others={9: "sqlite3"})
+    of_file("UL1461", "note", "_sqlite3.so", libraries={7: ["/lib/_sqlite3.so"]})
+
+
+def test_a_clock_that_was_set_back() -> None:
+    of_file("UL4006", "ok", newest=NOW + 4_000_000)  # what clocks differ by
+    of_file("UL4006", "warning", "3,600 s ahead", newest=NOW + 3_600_000_000)
+
+
+def test_another_machine() -> None:
+    there = embedded.Registered("q", 8, "there", "other", True)
+    of_file("UL4408", "error", "pid 8 on there", registered=[there])
+    of_file("UL4408", "warning", "pid 8 on there", registered=[there._replace(alive=False)])
+    of_file("UL4408", "ok", registered=[there._replace(boot="boot")])  # a container beside this one
+    of_file("UL4408", "ok", registered=[there._replace(host="here")])  # before this machine was restarted
+
+
+def test_who_holds_trimming_back() -> None:
+    assert "more processes" in of_file("UL4301", "warning", "order/3:17 came 3.0 days ago", held=[held()]).fix
+    assert "unlost run --service billing" in of_file("UL4301", "warning", held=[held()], living=frozenset()).fix
+    assert "unlost dead list" in of_file("UL4301", "warning", held=[held(on_shelf=True)]).fix
+    of_file("UL4301", "ok", held=[held(recorded=NOW - DAY // 2)])
+    of_file("UL4301", "ok", held=[held(retention=None)])
+
+
+def test_a_silent_service() -> None:
+    of_file(
+        "UL4304", "note", "12 events, the oldest of 1972-", held=[held(waits=7), held(partition=4)], living=frozenset()
+    )
+    of_file("UL4304", "ok", held=[held()])
+    of_file("UL4304", "ok", held=[held(on_shelf=True)], living=frozenset())
+
+
+def event_of(n: int) -> Envelope:
+    return Envelope(
+        id=f"e{n}", source="shop", type="T", time="2026-01-01T00:00:00Z", topic="order", key=b"k", data=b"x" * 900
+    )
+
+
+class Late(World):
+    """A clock that can be set."""
+
+    at = NOW
+
+    def now(self) -> int:
+        return self.at
+
+
+def test_what_is_read_of_a_real_file(tmp_path: Path) -> None:
+    """Ten days of events, a service that is behind, a clock that is set back, another program."""
+    world = Late()
+    path = tmp_path / "events.db"
+    file = File(path, world=world)
+    asyncio.run(EmbeddedBroker(file).declare([Topic("order", partitions=1)]))
+    for day in range(10):
+        world.at = NOW + day * DAY
+        file.write_sync(lambda tx, day=day: tx.append([event_of(day * 100 + n) for n in range(100)]))  # type: ignore[misc]
+    file.write_sync(
+        lambda tx: (
+            tx.execute(
+                "insert into unlost_progress (service, topic, partition, topic_id, start, start_digest, position, fated, counts, digest) "
+                "values ('billing', 'order', 0, 'id', 0, 0, 850, x'', '{}', 0)"
+            )
+            and None
+        )
+    )
+    world.at = NOW + 10 * DAY
+    found = embedded.gather(file, embedded.registered(path))
+    assert found.per_day is not None and 100 * 900 < found.per_day < 130 * 1100  # 100 events of 1 KB a day
+    assert [(h.service, h.position, h.waits, h.recorded) for h in found.held] == [("billing", 850, 150, NOW + 8 * DAY)]
+    assert found.newest == NOW + 9 * DAY and found.living == frozenset() and found.log_here
+    assert [(r.pid, r.alive) for r in found.registered] == [(os.getpid(), True)]
+    red(embedded.check_file(found), "UL4304", "note", "150 events")
+    world.at = NOW + 8 * DAY
+    red(embedded.check_file(embedded.gather(file, [])), "UL4006", "warning", "86,400 s ahead")
+    file.write_sync(lambda tx: tx.execute("update unlost_topic set retention = 3600") and None)
+    world.at = NOW + 12 * DAY
+    late = embedded.gather(file, embedded.registered(path))
+    red(embedded.check_file(late), "UL4301", "warning", "4.0 days ago")
+    assert late.per_day is None  # a retention bounds it
+    other = "import sys; f = open(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+    reader = subprocess.Popen([sys.executable, "-c", other, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert reader.stdout is not None and reader.stdout.readline() == b"open\n"
+        assert reader.pid in embedded.gather(file, []).others
+    finally:
+        reader.communicate()
+    assert embedded.gather(file, []).others == {}
+    file.close()
+
+
+def test_a_second_library_is_seen(tmp_path: Path) -> None:
+    """In a process of its own: this one may have loaded it or not."""
+    code = (
+        "import os, sqlite3, pathlib; from unlost.brokers.embedded.doctor import _libraries; "
+        "found = _libraries(os.getpid()); print(found); assert found and all('apsw' not in f for f in found)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done
+    none = "import os, apsw; from unlost.brokers.embedded.doctor import _libraries; print(_libraries(os.getpid()))"
+    assert subprocess.run([sys.executable, "-c", none], capture_output=True, text=True, check=True).stdout == "[]\n"
+    path = tmp_path / "events.db"
+    service = (
+        "import sqlite3, sys; from pathlib import Path; from unlost.sqlite.file import File; file = File(Path(sys.argv[1])); "
+        "print('open', flush=True); sys.stdin.read(); file.close()"
+    )
+    running = subprocess.Popen([sys.executable, "-c", service, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert running.stdout is not None and running.stdout.readline() == b"open\n"
+        before = embedded.registered(path)
+        file = File(path)
+        found = embedded.gather(file, before)
+        file.close()
+    finally:
+        running.communicate()
+    assert list(found.libraries) == [running.pid] and found.others == {}
+    red(embedded.check_file(found), "UL4408", "ok")
+
+
+def test_processes_of_another_machine_in_a_real_file(tmp_path: Path) -> None:
+    """They are read before opening strikes them off."""
+    path = tmp_path / "events.db"
+    file = File(path)
+    file.write_sync(
+        lambda tx: tx.execute("insert into unlost_process values ('q', 9, 77, 'there', 'boot', 0)") and None
+    )
+    file.close()
+    shell = Shell(tmp_path)
+    result = shell.quick("doctor", "--broker", f"embedded://{path}")
+    assert "UL4408" in result.out and "pid 77 on there" in result.out, result
+    assert "UL4408" not in shell.quick("doctor", "--broker", f"embedded://{path}").out
+
+
+def test_a_store_beside_kafka_with_rows_and_no_relay(tmp_path: Path) -> None:
+    """What its tables say, through the same reader that the doctor has."""
+    file = File(tmp_path / "store.db")
+    file.write_sync(lambda tx: tx.execute("insert into unlost_meta values ('broker', 'kafka c')") and None)
+    file.write_sync(
+        lambda tx: tx.execute("insert into unlost_outbox (topic, head, added) values ('order', x'00', 0)") and None
+    )
+    store = ops.read_store(FileRecords(file))
+    assert store.unsent == 1 and not store.relay
+    red(ops.check_store(store, seen(), file.world.now()), "UL4409", "error", "no process sends them")
+    assert not embedded.gather(file, []).log_here
+    file.close()
 
 
 # --- every check -----------------------------------------------------------------------------------------

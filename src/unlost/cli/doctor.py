@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import msgspec
@@ -10,10 +11,10 @@ from cyclopts import Parameter
 from unlost.brokers.findings import Finding
 from unlost.cli.options import AppName, BrokerUrl, Json, count
 from unlost.cli.say import bold, clean, dim, out, print_json, warn
-from unlost.ops.doctor import Diagnosis
+from unlost.ops.doctor import VERIFY, Diagnosis
 from unlost.ops.doctor import doctor as examine
 
-BAD = 1
+BAD, LOSS = 1, 3
 WORDS = {"error": "ERROR", "warning": "WARNING", "note": "note", "ok": "ok"}
 
 
@@ -23,6 +24,12 @@ def doctor(
         list[str] | None,
         Parameter(name=["--service", "-s"], negative="", help="Only this service; may be given again."),
     ] = None,
+    verify: Annotated[
+        bool,
+        Parameter(
+            name="--verify", negative="", help="Also read every row that is stored, and check it. Takes its time."
+        ),
+    ] = False,
     strict: Annotated[bool, Parameter(name="--strict", negative="", help="Warnings fail too.")] = False,
     all: Annotated[bool, Parameter(name="--all", negative="", help="Also list what is in order.")] = False,
     app: AppName = None,
@@ -32,7 +39,11 @@ def doctor(
     """Look for what could cost events: in the broker, its settings, the groups and the store.
 
     Nothing is changed, and nothing is published. Each finding has a code, what was read, and what to do.
-    It ends with 1 if there is an error (with `--strict` also for a warning), with 4 if the broker does not answer.
+    It ends with 1 if there is an error (with `--strict` also for a warning), with 3 if `--verify` finds damage, with 4 if
+    the broker does not answer.
+
+    `--verify` reads the log and the store from end to end: checksums, positions without a gap, events that must be
+    decodable, the pages of the file. The first damaged places are named. Services may run meanwhile.
 
     **Needs** only the broker; with `--app` it also compares it with what your code declares.
 
@@ -40,6 +51,7 @@ def doctor(
 
     - `unlost doctor`
     - `unlost doctor --app shop --strict` before a release
+    - `unlost doctor --verify` after trouble with a disk
     - `unlost doctor --json | jq '.findings[] | select(.severity == "error")'`
     """
     loaded = None
@@ -47,8 +59,12 @@ def doctor(
         from unlost.ops.load import load
 
         loaded = load(app).app
-    found = examine(broker, services=service or (), app=loaded)
+    found = examine(broker, services=service or (), app=loaded, verify=verify, said=_said)
+    if verify and sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
     code = BAD if found.count("error") or (strict and found.count("warning")) else 0
+    if any(f.code == VERIFY and f.severity == "error" for f in found.findings):
+        code = LOSS
     if json:
         print_json(
             "doctor/1",
@@ -61,6 +77,13 @@ def doctor(
         return code
     _print(found, all)
     return code
+
+
+def _said(what: str, rows: int) -> None:
+    """How far --verify is, in one line on a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[Kreading {clean(what)}: {rows:,} rows" if rows else f"\r\x1b[Kreading {clean(what)}")
+        sys.stderr.flush()
 
 
 def _print(found: Diagnosis, everything: bool) -> None:

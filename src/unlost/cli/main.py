@@ -42,19 +42,22 @@ _COMMANDS = (
     ("event list", "event:list_events", _WORK, "[OPTIONS]"),
     ("event check", "event:check_events", _WORK, "[OPTIONS]"),
     ("event usage", "event:usage", _WORK, "[OPTIONS]"),
+    ("event docs", "event:docs", _WORK, "[OPTIONS]"),
     ("dead list", "dead:dead_list", _RIGHT, "[OPTIONS]"),
     ("dead show", "dead:dead_show", _RIGHT, "NUMBER|ID [OPTIONS]"),
     ("dead redrive", "dead:redrive", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
     ("dead discard", "dead:discard", _RIGHT, "[NUMBER|ID] [OPTIONS]"),
     ("store migrate", "store:migrate", _RIGHT, "[OPTIONS]"),
+    ("store backup", "store:backup", _RIGHT, "[PATH] [OPTIONS]"),
+    ("store restore", "store:restore", _RIGHT, "PATH [OPTIONS]"),
     ("store export", "store:export", _RIGHT, "--format jsonl|parquet --to FOLDER [OPTIONS]"),
 )
 _NOUNS = {
-    "event": "List your events, see who reads what, check whether a change breaks a reader.",
+    "event": "List your events, see who reads what, check whether a change breaks a reader, document them.",
     "topic": "List topics: partitions, events, who reads them.",
     "service": "List services, or show one: who runs it, and how far each of its partitions is.",
     "dead": "List, show, redrive or discard events that could not be handled.",
-    "store": "Make or update the tables of a store in PostgreSQL; write the history of the log as files.",
+    "store": "Tables of a store in PostgreSQL; a copy of the embedded file, and back; the history of the log as files.",
 }
 
 

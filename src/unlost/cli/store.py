@@ -1,10 +1,13 @@
-"""`unlost store`: the tables of a store in PostgreSQL, and the history of the log as files."""
+"""`unlost store`: the tables of a store in PostgreSQL, copies of the embedded file, and the history of the log as files."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from cyclopts import Parameter
 
 from unlost import config
@@ -12,6 +15,7 @@ from unlost.cli.options import AppName, BrokerUrl, Json, Operator, Why, Yes, con
 from unlost.cli.say import clean, dim, note, out, print_json, warn
 from unlost.config import hide_secrets
 from unlost.errors import UsageError
+from unlost.ops import backup as copies
 from unlost.ops import export as history
 from unlost.ops.store import Plan, check_format, plan
 from unlost.ops.store import migrate as run
@@ -190,3 +194,155 @@ def export(
     if found.left_out:
         out(dim("--app names your code; --with-sensitive writes everything"))
     return 0
+
+
+def backup(
+    path: Annotated[
+        Path | None, Parameter(help="Where the backup goes; nothing may be there. Else beside the file, with the time.")
+    ] = None,
+    /,
+    *,
+    app: Annotated[
+        str | None, Parameter(name="--app", help="The broker and store that this App names in its code.")
+    ] = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Copy the embedded file while services run, and read the copy through.
+
+    The backup is one file: the log and all progress, as they were at one moment. It gets its name only when it is whole,
+    checked and on the disk. Nobody who writes has to wait for it.
+
+    A store in PostgreSQL and the events in Kafka are copied with the tools of those servers; it says so.
+
+    **Needs** only the file; with `--app` your code says which.
+
+    **Examples**
+
+    - `unlost store backup /mnt/other-disk/shop.backup`
+    - `unlost store backup --json | jq -r .path`
+    """
+    url, store = _named(app, broker)
+    found = copies.back_up(path, url=url, store=store, said=_progress("backup"))
+    if json:
+        print_json(
+            "backup/1",
+            {"path": found.path, "source": found.source, "bytes": found.bytes, "not_in_it": found.not_in_it,
+             "manifest": msgspec.to_builtins(found.manifest)},
+        )  # fmt: skip
+        return 0
+    m = found.manifest
+    log = f", {count(sum(r.end - r.start for r in m.positions), 'event')}" if m.broker is None else ""
+    out(f"{clean(found.path)}: {found.bytes:,} bytes{log}, commit {m.commit}, {m.time}")
+    for text in found.not_in_it:
+        out(warn(f"not in it: {clean(text)}"))
+    if path is None:
+        out(dim("it is on the same disk as the file: copy it to another one"))
+    return 0
+
+
+def restore(
+    path: Annotated[Path, Parameter(help="The backup.")],
+    /,
+    *,
+    replace: Annotated[
+        bool,
+        Parameter(
+            name="--replace", negative="", help="Move the file that is there aside, whole, into a folder beside it."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, Parameter(name="--dry-run", negative="", help="Only check, and say what would be missing.")
+    ] = False,
+    reason: Why = "",
+    yes: Yes = False,
+    operator: Operator = None,
+    app: Annotated[
+        str | None, Parameter(name="--app", help="The broker and store that this App names in its code.")
+    ] = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Put a backup into the place of the embedded file, and say what it does not hold.
+
+    The backup is read through before and after it is copied. Nothing is overwritten, and nothing happens while a process
+    has the file open. What was accepted after the backup is named, as positions of the log, and written into the restored
+    file with your name and your reason.
+
+    **Needs** only the place; stop all services before.
+
+    **Examples**
+
+    - `unlost store restore shop.backup --dry-run`
+    - `unlost store restore shop.backup --replace --reason "the disk failed"`
+    """
+    url, store = _named(app, broker)
+    said = _progress("restore")
+    who = operator or login()
+    if not dry_run and not yes:
+        look = copies.restore(path, operator=who, reason=reason, dry_run=True, url=url, store=store, said=said)
+        if look.replaces and not replace:
+            yes = True  # it is refused, with what would be missing
+        else:
+            confirmed("restore", [clean(f"{look.path}: {copies.brief(look.missing)}")], "restore it?")
+    found = copies.restore(
+        path, operator=who, reason=reason, replace=replace, dry_run=dry_run, url=url, store=store, said=said
+    )
+    if json:
+        print_json(
+            "restore/1",
+            {**msgspec.to_builtins(found), "operator": who, "reason": reason, "events_missing": found.missing.events},
+        )
+        return 0
+    _print_restored(found)
+    return 0
+
+
+def _print_restored(found: copies.Restored) -> None:
+    verb = "is" if found.done else "would be"
+    out(f"{clean(found.path)} {verb} what it was at {found.manifest.time} (commit {found.manifest.commit})")
+    if found.aside:
+        out(f"the file that was there is in {clean(found.aside)}")
+    for r in found.missing.positions:
+        out(
+            warn(
+                f"missing: {clean(r.topic)}/{r.partition}, positions {r.start} to {r.end - 1} ({count(r.end - r.start, 'event')})"
+            )
+        )
+    if found.missing.outbox:
+        out(warn(f"missing: {count(found.missing.outbox, 'event')} of the outbox"))
+    for a in found.missing.again:
+        out(
+            f"delivered again: {clean(a.service)} {clean(a.topic)}/{a.partition}, positions {a.position} to {a.was - 1}"
+        )
+    out(clean(copies.brief(found.missing)))
+    for text in found.notes:
+        out(warn(clean(text)))
+    if not found.done:
+        out(dim("nothing was changed"))
+
+
+def _named(app: str | None, broker: str | None) -> tuple[str | None, str | None]:
+    """The URLs of broker and store: the flag goes before what an App says."""
+    if app is None:
+        return broker, None
+    from unlost.ops.load import load
+
+    found = load(app).app
+    return broker if broker is not None else found.broker_url, found.store_url
+
+
+def _progress(verb: str) -> Callable[[str, int, int], None]:
+    """One line on a terminal, and nothing elsewhere."""
+    shown = sys.stderr.isatty()
+
+    def said(what: str, done: int, total: int) -> None:
+        if shown and what == "done":
+            sys.stderr.write("\r\x1b[K")
+        elif shown:
+            part = f" {done:,}" + (f" of {total:,}" if total else "") if done else ""
+            sys.stderr.write(f"\r\x1b[K{verb}: {clean(what)}{part}")
+        if shown:
+            sys.stderr.flush()
+
+    return said

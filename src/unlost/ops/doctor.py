@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from unlost import config
 from unlost.app import App
 from unlost.brokers.connect import examiner
-from unlost.brokers.embedded.doctor import library, look_at_file
+from unlost.brokers.embedded.doctor import Registered, check_file, gather, library, look_at_file, registered
 from unlost.brokers.findings import SEVERITIES, Examination, Finding, Ours, Severity
 from unlost.brokers.port import Saved as Told
 from unlost.config import hide_secrets
@@ -20,6 +21,9 @@ from unlost.events.topic import Unit
 from unlost.ops.connect import NO_FILE, Looking, belongs_to
 from unlost.ops.doctor_postgres import check_postgres
 from unlost.ops.outbox import HELD_SECONDS, contradictions, status_of
+from unlost.ops.verify import Said, Verified, nothing, verify_file, verify_log, verify_tables
+from unlost.sqlite.backup import opened_anyway
+from unlost.sqlite.file import File
 from unlost.store import connect as stores
 from unlost.store.port import Look, Records
 from unlost.store.records import FileRecords
@@ -28,6 +32,13 @@ from unlost.world import REAL
 STUCK_SECONDS = 60.0  # an outbox that a process empties is empty sooner
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 SHOWN = 5
+DAMAGES_SHOWN = 20
+VERIFY = "UL1462"  # whether everything that is stored is what was written
+MEND_FILE = "stop all processes, keep a copy of the folder, and restore the newest good copy (unlost store restore)"
+MEND_SERVER = (
+    "stop all services, keep a copy of the database, and restore the newest good one; pg_amcheck looks for more"
+)
+MEND_LOG = "look at the topic with Kafka's own tools; unlost audit names the events that are missing"
 WHY_CLOSED = ("UL4601", "UL4604", "UL4605", "UL4606", "UL4607", "UL4608")  # each of these says why it cannot be opened
 
 
@@ -78,30 +89,42 @@ class StoreFacts(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-def doctor(url: str | None = None, *, services: Collection[str] = (), app: App | None = None) -> Diagnosis:
+def doctor(
+    url: str | None = None,
+    *,
+    services: Collection[str] = (),
+    app: App | None = None,
+    verify: bool = False,
+    said: Said = nothing,
+) -> Diagnosis:
     """Examines the broker that `url`, the App or the settings name; of it what the App or the store uses, else all.
+    `verify` also reads every row of log and store; `said` hears how far that is.
 
     Raises:
         Unavailable: the broker does not answer. UsageError: there is no such broker or service.
     """
     broker = config.setting("broker", flag=url, code=app.broker_url if app is not None else None)
     store = config.setting("store", code=app.store_url if app is not None else None)
-    looking = Looking(broker, store)
+    decoders = {} if app is None else {t.name: t.decoder for t in app.topics.values() if t.decoder is not None}
+    looking = Looking(broker, store, decoders)
     try:
-        if looking.embedded:
-            return _embedded(looking, frozenset(services), app)
-        return _elsewhere(looking, frozenset(services), app)
+        examine = _embedded if looking.embedded else _elsewhere
+        return examine(looking, frozenset(services), app, said if verify else None)
     finally:
         looking.close()
 
 
-def _embedded(looking: Looking, services: frozenset[str], app: App | None) -> Diagnosis:
+def _embedded(looking: Looking, services: frozenset[str], app: App | None, verify: Said | None) -> Diagnosis:
     findings: list[Finding] = []
     found, chosen = Examination(title="embedded", findings=[]), ""
     opens = _broker_file(looking, findings)
     if opens is not None:
         found = examiner(looking.url).examine(Ours())
     sound = looking.postgres and _server(looking, findings)
+    if opens is not None and verify is not None:
+        found.findings[:] = [f for f in found.findings if f.code != "UL4510"]
+        read = FileRecords(looking.file) if opens else looking.broker_path
+        findings += _read_through(lambda: _verify_file(read, verify), looking.name)
     if opens:
         records = _tables(looking, findings) if sound or not looking.postgres else None
         if records is not None and looking.elsewhere:
@@ -114,11 +137,14 @@ def _embedded(looking: Looking, services: frozenset[str], app: App | None) -> Di
                 ours, chosen = _ours(services, app, store)
                 _see_group(looking, found, ours)
                 findings += check_store(store, found, REAL.now(), EMBEDDED)
+            if verify is not None:
+                findings += _read_through(lambda: verify_tables(records, said=verify), looking.place, MEND_SERVER)
     return _diagnosis(looking, found, chosen, [*findings, *found.findings])
 
 
 def _broker_file(looking: Looking, findings: list[Finding]) -> bool | None:
     """Whether it opens; None: there is none yet, which matters only where it is the store as well."""
+    before = registered(looking.broker_path)
     try:
         _ = looking.file
     except UsageError as e:
@@ -135,7 +161,15 @@ def _broker_file(looking: Looking, findings: list[Finding]) -> bool | None:
         findings.append(_cannot_open(e))
         return False
     findings.append(_ok("UL4401", f"{looking.broker_path} opens, with all that was acknowledged"))
+    findings += _look_into(looking.file, before)
     return True
+
+
+def _look_into(file: File, before: Sequence[Registered]) -> list[Finding]:
+    try:
+        return check_file(gather(file, before))
+    except UnlostError as e:
+        return [_cannot_open(e)]
 
 
 def _see_group(looking: Looking, found: Examination, ours: Ours) -> None:
@@ -154,11 +188,12 @@ def _see_group(looking: Looking, found: Examination, ours: Ours) -> None:
     looking.file.read(work)
 
 
-def _elsewhere(looking: Looking, services: frozenset[str], app: App | None) -> Diagnosis:
+def _elsewhere(looking: Looking, services: frozenset[str], app: App | None, verify: Said | None) -> Diagnosis:
     doctor = examiner(looking.url)
     try:
         identity = doctor.open()
         findings: list[Finding] = []
+        before = [] if looking.postgres else registered(looking.store_path)
         records = _store(looking, findings)
         store = None if records is None else read_store(records)
         if store is not None and store.broker not in (None, identity):
@@ -168,11 +203,66 @@ def _elsewhere(looking: Looking, services: frozenset[str], app: App | None) -> D
         examination = doctor.examine(ours)
         if records is not None:  # once more: a service that runs has gone on, and the group must not seem to be ahead
             findings += check_store(read_store(records), examination, REAL.now())
+        if isinstance(records, FileRecords):
+            findings += _look_into(records.file, before)
+        if verify is not None:
+            findings += _verify_elsewhere(looking, records, ours.topics, verify)
         if not looking.postgres and looking.store_path.exists():
             findings += [*library(), *look_at_file(looking.store_path)]
         return _diagnosis(looking, examination, chosen, [*examination.findings, *findings])
     finally:
         doctor.close()
+
+
+def _verify_elsewhere(
+    looking: Looking, records: Records | None, topics: Collection[str] | None, said: Said
+) -> Iterator[Finding]:
+    """The log is read through its port, the store by what it is."""
+    yield from _read_through(lambda: verify_log(looking.log, topics, said=said), looking.name, MEND_LOG)
+    if isinstance(records, FileRecords):
+        yield from _read_through(lambda: _verify_file(records, said), looking.place)
+    elif not looking.postgres and looking.store_path.exists():
+        yield from _read_through(lambda: _verify_file(looking.store_path, said), looking.place)
+    elif records is not None:
+        yield from _read_through(lambda: verify_tables(records, said=said), looking.place, MEND_SERVER)
+
+
+def _verify_file(where: FileRecords | Path, said: Said) -> Verified:
+    """A path: of a file that cannot be opened as it should."""
+    if isinstance(where, FileRecords):
+        return verify_file(where, said=said)
+    with opened_anyway(where) as what_is_left:
+        return verify_file(what_is_left, said=said)
+
+
+def _read_through(read: Callable[[], Verified], place: str, mend: str = MEND_FILE) -> Iterator[Finding]:
+    """A finding for each of the first damaged places."""
+    try:
+        found = read()
+    except UnlostError as e:
+        yield Finding(
+            severity="warning" if isinstance(e, Unavailable) else "error", code=VERIFY, what=f"{place} could not be read to its end: {e.what} ({e.code})", evidence=e.found, fix=e.fix,
+        )  # fmt: skip
+        return
+    for d in found.damages[:DAMAGES_SHOWN]:
+        yield Finding(
+            severity=d.severity, code=VERIFY, what=f"{d.place or d.table} {'' if d.place else 'are damaged: '}{d.what}", evidence=f"{d.table} in {place}",
+            fix=mend if d.severity == "error" else "unlost tail and unlost trace show what stands there",
+        )  # fmt: skip
+    more = found.more + max(0, len(found.damages) - DAMAGES_SHOWN)
+    rows = ", ".join(f"{name} {number:,}" for name, number in sorted(found.rows.items()) if number)
+    if more:
+        yield Finding(
+            severity="error" if any(d.severity == "error" for d in found.damages) else "warning", code=VERIFY,
+            what=f"{more:,} more places in {place} are not named here", fix="unlost audit names the events that are missing",
+        )  # fmt: skip
+    if found.empty:
+        yield Finding(
+            severity="note", code=VERIFY, what=f"{found.empty:,} positions of the log hold no event",
+            evidence="markers of transactions, compacted, or unreadable to this client", fix="unlost audit tells which of them a service has passed",
+        )  # fmt: skip
+    if not found.damages:
+        yield _ok(VERIFY, f"everything in {place} was read, and is what was written", rows or "there are no rows")
 
 
 def _diagnosis(looking: Looking, examination: Examination, chosen: str, findings: Sequence[Finding]) -> Diagnosis:
