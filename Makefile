@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench bench-kafka bench-postgres bench-export prove wheel docs clean
+.PHONY: help demo test check format bench bench-kafka bench-postgres bench-export bench-trace prove wheel docs clean
 
 help:
 	@echo "make demo    the shop on real orders, killed with kill -9 while it works"
 	@echo "make test    all tests and proofs, and the wheel in an empty environment"
 	@echo "make check   format, lint, types, import directions and the fast tests (under a minute)"
 	@echo "make bench   speed, as ratios to raw loops in the same run -> bench/RESULTS*.md"
+	@echo "make docs    the documentation as a static site -> build/site/index.html"
 	@echo "make prove   the long proofs: many more kills, crash states and seeds"
 
 $(READY): pyproject.toml constraints.txt
@@ -57,10 +58,16 @@ bench-postgres: $(READY)
 bench-export: $(READY)
 	$(BIN)/python bench/export_run.py
 
+bench-trace: $(READY)
+	$(BIN)/python bench/trace_run.py
+
 prove: $(READY)
 	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash
 	env SECONDS=600 $(BIN)/pytest tests/kafka/faults
 	env SECONDS=600 $(BIN)/pytest tests/postgres/faults
+
+docs: $(READY)
+	@$(BIN)/python docs/build.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build unlost-demo

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 
 
 class UnlostError(Exception):
-    """The root. `code` is stable across releases; `exit_code` is what the command line ends with."""
+    """The root. `code` is stable across releases; `exit_code` is what the command line ends with.
+
+    Example:
+        >>> print(UnlostError("UL0000", "what was expected", found="what there was", fix="what to do"))
+        UL0000: what was expected
+          found: what there was
+          do:    what to do
+    """
 
     exit_code = 1
 
@@ -37,7 +44,15 @@ def _rebuild(kind: type[UnlostError], code: str, what: str, found: str, fix: str
 
 
 class UsageError(UnlostError):
-    """The program or the command is wrong; nothing was accepted. Change it."""
+    """The program or the command is wrong; nothing was accepted. Change it.
+
+    Example:
+        >>> try:
+        ...     Service("no spaces, please")
+        ... except UsageError as error:
+        ...     print(error.code, error.exit_code)
+        UL1210 2
+    """
 
     exit_code = 2
 
@@ -47,13 +62,35 @@ class Misconfigured(UsageError):
 
 
 class Unavailable(UnlostError):
-    """The world said no, and surely nothing was accepted. Retrying is safe."""
+    """The world said no, and surely nothing was accepted. Retrying is safe.
+
+    **Guarantee** no event of the call is in the log or in the outbox.
+
+    Example:
+        >>> async def publish_soon(event: Event) -> None:
+        ...     while True:
+        ...         try:
+        ...             await app.publish(event)
+        ...             return
+        ...         except Unavailable:
+        ...             await asyncio.sleep(1)
+    """
 
     exit_code = 4
 
 
 class OutcomeUnknown(UnlostError):
-    """Nobody can say whether it was accepted. Publishing again with the same id is safe."""
+    """Nobody can say whether it was accepted. Publishing again with the same id is safe.
+
+    **Guarantee** that is at most a duplicate, which effectively-once handlers never see.
+
+    Example:
+        >>> async def publish_surely(event: Event, id: str) -> None:
+        ...     try:
+        ...         await app.publish(event, id=id)
+        ...     except OutcomeUnknown:
+        ...         await app.publish(event, id=id)
+    """
 
     exit_code = 5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -13,11 +14,15 @@ from unlost.cli.options import AppName, Json, aligned, count
 from unlost.cli.say import bold, clean, dim, note, out, print_json, warn
 from unlost.ops.event import FieldUse, Finding, event_list, event_usage, project_classes
 from unlost.ops.event_check import AGREED_BY_UPDATE, Checked, check
+from unlost.ops.event_docs import DOCUMENT, PAGE, default_folder, event_document, write_docs
 from unlost.ops.event_lock import UPDATE, lock_path, read_lock
 from unlost.ops.load import load
 
 LockFile = Annotated[
     str | None, Parameter(name="--lock", help="The lock. Else unlost.events.lock beside the nearest pyproject.toml.")
+]
+Out = Annotated[
+    str | None, Parameter(name="--out", help="The folder. Else event-docs beside the nearest pyproject.toml.")
 ]
 Update = Annotated[
     bool, Parameter(name="--update", negative="", help="Write the lock afterwards: what has changed is agreed.")
@@ -121,6 +126,36 @@ def usage(*, lock: LockFile = None, app: AppName = None, json: Json = False) -> 
     if before is None:
         note(f"what has been added is not known without a lock: {UPDATE}")
     return 1 if wrong else 0
+
+
+def docs(*, out_folder: Out = None, app: AppName = None, json: Json = False) -> int:
+    """Write what your events are for others to read: an AsyncAPI 3.1 document and a page.
+
+    `asyncapi.json` has topics and queues, the events and commands on them with the schema of their data, and which
+    services receive them, also by views. `index.html` is the same for people; it needs no network and no script.
+    The same code gives the same bytes, so both may be committed. Who publishes is not known from the code.
+
+    **Needs** your code; no broker.
+
+    **Example**
+
+    - `unlost event docs --app hello --out docs/events`
+    """
+    loaded = _load(app)
+    folder = default_folder() if out_folder is None else Path(out_folder)
+    document = event_document(loaded, project_classes(loaded))
+    changed = write_docs(folder, document)
+    types, channels = len(document["components"]["messages"]), len(document["channels"])
+    if json:
+        files = {"document": str(folder / DOCUMENT), "page": str(folder / PAGE)}
+        print_json(
+            "event-docs/1", {**files, "changed": [str(path) for path in changed], "types": types, "channels": channels}
+        )
+        return 0
+    for name in (DOCUMENT, PAGE):
+        out(f"{clean(folder / name)}  {'written' if folder / name in changed else 'says the same already'}")
+    out(f"{count(types, 'type')} on {count(channels, 'channel')}")
+    return 0
 
 
 def _load(app: str | None) -> App:

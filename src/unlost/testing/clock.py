@@ -12,6 +12,12 @@ class VirtualWorld(World):
     """Starts at the real time (or at `start`, microseconds since 1970) and then stands still until `advance`.
 
     Random choices come from `seed`, so a retry waits equally long in every run.
+
+    Example:
+        >>> world = VirtualWorld(start=0)
+        >>> world.advance(1.5)
+        >>> world.now()
+        1500000
     """
 
     def __init__(self, seed: int = 0, *, start: int | None = None) -> None:

@@ -177,6 +177,7 @@ class Reader:
 
 
 BROKER_SCENARIOS: list[Scenario[BrokerCase]] = []
+"""What `check_broker` tries, one promise of the broker's port each."""
 
 
 async def check_broker(

@@ -103,7 +103,14 @@ async def running(
 
 
 class Running:
-    """The handle of a running test: publish, wait, crash, look."""
+    """The handle of a running test: publish, wait, crash, look. Made by `running(app)`.
+
+    Example:
+        >>> async def test_nothing_is_lost() -> None:
+        ...     async with running(app) as t:
+        ...         await t.settled()
+        ...         assert t.books.unaccounted == 0
+    """
 
     def __init__(self, app: App, world: VirtualWorld, folder: Path, patience: float) -> None:
         self.app = app
