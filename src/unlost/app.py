@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from unlost import config
 from unlost.brokers.connect import connect, is_kafka
 from unlost.brokers.port import SURVIVES_ORDER, Broker, Receipt, Survives
 from unlost.delivery.context import check_outside_block
+from unlost.delivery.later import Releaser, due_of
 from unlost.delivery.mirror import Mirror, MirrorRelay, check_template
 from unlost.delivery.outbox import Outbox, Place
 from unlost.delivery.relay import Relay
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from unlost.store.postgres.store import PostgresStore
 
 log = logging.getLogger("unlost.app")
+T = TypeVar("T")
 
 PUBLISH_SECONDS = 30.0
 STOP_SECONDS = 20.0
@@ -319,9 +321,15 @@ class App:
         id: str | None = None,
         occurred_at: datetime | None = None,
         headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
         deadline: float | timedelta = PUBLISH_SECONDS,
     ) -> Receipt:
         """Publishes one event and returns when it is durable.
+
+        With `delay` (seconds or timedelta) or `at` (a time with its zone) it stands in the store until then, and a running
+        App with this store releases it; `cancel` takes it back before that. It leaves never early, and in the order of the
+        due times; a change of the machine's clock moves `at`, and does not move `delay` while a process lives.
 
         **Guarantee** the receipt proves that the event survives what the broker declares.
         **After a crash** before the return, or after `OutcomeUnknown`, publish again with the same id: at most a
@@ -334,8 +342,9 @@ class App:
         """
         now = self.world.now()
         envelope = seal(
-            event, source=self.name, id=id, occurred_at=occurred_at, headers=headers, command=False, now=now
-        )
+            event, source=self.name, id=id, occurred_at=occurred_at, headers=headers, command=False,
+            due=due_of(self.world, delay, at), now=now,
+        )  # fmt: skip
         return (await self._accept([envelope], deadline))[0]
 
     async def send(
@@ -344,9 +353,12 @@ class App:
         *,
         id: str | None = None,
         headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
         deadline: float | timedelta = PUBLISH_SECONDS,
     ) -> Receipt:
-        """Sends a command to the one service that carries it out, and returns when it is durable in its queue.
+        """Sends a command to the one service that carries it out, and returns when it is durable in its queue; with `delay`
+        or `at` in the store, until it is due (see `publish`).
 
         It waits there while that service is away. Commands of one key are carried out one after another, in the order in
         which they were sent; those of a class without a key are one such group.
@@ -363,9 +375,40 @@ class App:
         Example:
             >>> await app.send(SendReceipt(customer_id="c-7"), id="receipt-A1")  # doctest: +SKIP
         """
-        envelope = seal(command, source=self.name, id=id, headers=headers, command=True, now=self.world.now())
+        envelope = seal(
+            command, source=self.name, id=id, headers=headers, command=True, due=due_of(self.world, delay, at),
+            now=self.world.now(),
+        )  # fmt: skip
         await self.check_queue(envelope.topic)
         return (await self._accept([envelope], deadline))[0]
+
+    async def cancel(self, delayed: Receipt | str, *, source: str | None = None) -> bool:
+        """Takes back an event or a command that is delayed; False: it is too late, it has left (or never was).
+
+        `delayed` is its receipt or its id. One that a handler has published comes from its service: `source="billing"`.
+
+        **Guarantee** after True it never leaves; that it was cancelled is written down with its id.
+        **After a crash** before the return it was cancelled or not; asking again is harmless.
+
+        Raises:
+            Unavailable: surely not cancelled. OutcomeUnknown: nobody can say.
+
+        Example:
+            >>> receipt = await app.send(RemindCustomer(customer_id="c-7"), delay=86_400)  # doctest: +SKIP
+            >>> await app.cancel(receipt)  # doctest: +SKIP
+            True
+        """
+        id = delayed.id if isinstance(delayed, Receipt) else delayed
+        if not isinstance(id, str):
+            raise UsageError("UL1285", "cancel takes a receipt or an id", found=repr(delayed))
+        for store in (self.store, *self._hubs):
+            if await store.cancel(id, self.name if source is None else source):
+                return True
+        return False
+
+    def cancel_sync(self, delayed: Receipt | str, *, source: str | None = None) -> bool:
+        """The same as `cancel` for code without an event loop."""
+        return self._blocking(lambda: self.cancel(delayed, source=source), "cancel")
 
     async def check_queue(self, queue: str) -> None:
         """Where it can be known that nobody has ever carried out the commands of a queue, that is a mistake in a name."""
@@ -407,6 +450,8 @@ class App:
         id: str | None = None,
         occurred_at: datetime | None = None,
         headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
         deadline: float | timedelta = PUBLISH_SECONDS,
     ) -> Receipt:
         """The same as `publish` for code without an event loop: scripts, sync views, sync handlers.
@@ -414,7 +459,10 @@ class App:
         Connects by itself if need be, and stays connected until the process ends.
         """
         return self._blocking(
-            lambda: self.publish(event, id=id, occurred_at=occurred_at, headers=headers, deadline=deadline), "publish"
+            lambda: self.publish(
+                event, id=id, occurred_at=occurred_at, headers=headers, delay=delay, at=at, deadline=deadline
+            ),
+            "publish",
         )
 
     def send_sync(
@@ -423,12 +471,16 @@ class App:
         *,
         id: str | None = None,
         headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
         deadline: float | timedelta = PUBLISH_SECONDS,
     ) -> Receipt:
         """The same as `send` for code without an event loop."""
-        return self._blocking(lambda: self.send(command, id=id, headers=headers, deadline=deadline), "send")
+        return self._blocking(
+            lambda: self.send(command, id=id, headers=headers, delay=delay, at=at, deadline=deadline), "send"
+        )
 
-    def _blocking(self, call: Callable[[], Coroutine[Any, Any, Receipt]], verb: str) -> Receipt:
+    def _blocking(self, call: Callable[[], Coroutine[Any, Any, T]], verb: str) -> T:
         check_outside_block()
         try:
             running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
@@ -461,7 +513,7 @@ class App:
                 session.add(order)
                 outbox.publish(OrderPlaced(order_id=order.id))
         """
-        return Outbox(connection, self._door, source=self.name, now=self.world.now)
+        return Outbox(connection, self._door, source=self.name, world=self.world)
 
     @property
     def store_setting(self) -> str:
@@ -505,6 +557,8 @@ class App:
         ours = asyncio.get_running_loop() is self._loop
         limit = (self._deadlines if ours else Deadlines()).start(seconds)
         try:
+            if any(e.due is not None for e in envelopes):
+                return await self._delay(envelopes)
             return await broker.publish(envelopes)
         except asyncio.CancelledError:
             late = limit.passed()
@@ -513,6 +567,13 @@ class App:
             ) from None
         finally:
             limit.end()
+
+    async def _delay(self, envelopes: Sequence[Envelope]) -> Sequence[Receipt]:
+        for envelope in envelopes:
+            self.broker.check(envelope)
+        await self.store.delay(envelopes)
+        now = self.world.now()
+        return [Receipt(id=e.id, topic=e.topic, partition=-1, position=-1, recorded=now, due=e.due) for e in envelopes]
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:
         with self._portal_lock:
@@ -526,7 +587,6 @@ class App:
         """Runs the services (all, or those named) inside another program, until `stop` or a failure."""
         chosen = self.chosen(services)
         async with self:
-            self._stop = asyncio.Event()
             suspicion = Suspicion()
             workers = [
                 Worker(
@@ -534,33 +594,43 @@ class App:
                 )
                 for service in chosen
             ]  # fmt: skip
-            self._workers = workers
-            tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
-            stop = asyncio.create_task(self._stop.wait())
-            broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.store.on_broken = _report_to(broken)
-            waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
-            house = asyncio.create_task(self._keep_house())
-            relays = not self.broker.abilities.commits_with_store or self._hubs or self.store.own
-            relaying = asyncio.create_task(self._relay()) if relays else None
+            await self.work(workers, ready=ready)
+
+    async def work(self, workers: Sequence[Worker], *, ready: Callable[[], None] | None = None) -> None:
+        """Runs these, while connected, until `stop` or a failure; with all that a running App does beside its services."""
+        self._stop = asyncio.Event()
+        self._workers = list(workers)
+        tasks = [asyncio.create_task(worker.run(), name=f"unlost-{worker.service.name}") for worker in workers]
+        stop = asyncio.create_task(self._stop.wait())
+        broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.store.on_broken = _report_to(broken)
+        waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
+        house = asyncio.create_task(self._keep_house())
+        relays = not self.broker.abilities.commits_with_store or self._hubs or self.store.own
+        relaying = asyncio.create_task(self._relay()) if relays else None
+        later = [asyncio.create_task(Releaser(s, self.world).run()) for s in (self.store, *self._hubs)]
+        waited_for += later
+        if relaying is not None:
+            waited_for.append(relaying)
+        try:
+            if ready is not None:
+                ready()
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
+            stop.cancel()
+            house.cancel()
+            for releasing in later:
+                releasing.cancel()
+            tasks += later
             if relaying is not None:
-                waited_for.append(relaying)
-            try:
-                if ready is not None:
-                    ready()
-                await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
-                stop.cancel()
-                house.cancel()
-                if relaying is not None:
-                    await _stop_relaying(relaying)
-                    tasks.append(relaying)
-                ended = await asyncio.gather(*tasks, return_exceptions=True)
-                self._workers = []
-            for error in (*ended, self.store.broken):
-                if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
-                    raise error
+                await _stop_relaying(relaying)
+                tasks.append(relaying)
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            self._workers = []
+        for error in (*ended, self.store.broken):
+            if isinstance(error, BaseException) and not isinstance(error, asyncio.CancelledError):
+                raise error
 
     async def _relay(self) -> None:
         """Empties the outboxes, as long as the services run, sharing that with other processes; then once more."""
@@ -612,15 +682,19 @@ class App:
 
     def run(self, services: Sequence[str] | None = None) -> None:
         """Runs the services until SIGTERM or Ctrl-C, then finishes what is in hand and leaves."""
+        self.until_signal(lambda: self.serve(services, ready=lambda: self._announce(services)))
 
-        async def main() -> None:
+    def until_signal(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs this in an event loop of its own, where SIGTERM and Ctrl-C mean `stop`."""
+
+        async def main() -> T:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._signalled, number)
-            await self.serve(services, ready=lambda: self._announce(services))
+            return await work()
 
         _collect_less()
-        asyncio.run(main())
+        return asyncio.run(main())
 
     def _signalled(self, number: int) -> None:
         if self._stop is None or self._stop.is_set():

@@ -232,6 +232,8 @@ def _balance(e: Evidence, book: Book, books: Books) -> None:
         if name.startswith("skipped:"):
             rule = name.partition(":")[2]
             book.skipped[rule] = book.skipped.get(rule, 0) + count
+        elif name == "removed":  # many at once: its service was retired
+            book.removed += count
         elif name not in ("done", "void", BEGUN):
             books.findings.append(f"{where}: an unknown state is counted: {name}")
     for state, count in states.items():

@@ -16,10 +16,11 @@ from unlost.brokers.embedded.broker import EmbeddedBroker
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.brokers.port import Receipt
 from unlost.errors import Fenced
-from unlost.events import Envelope
+from unlost.events import Envelope, decode_head
 from unlost.sqlite import transaction as transaction_module
 from unlost.sqlite.process import Remains
 from unlost.sqlite.turn import Guard, Turn
+from unlost.store import delayed as delayed_module
 from unlost.store import queues as queues_module
 from unlost.store import sqlite as store_module
 from unlost.store.port import Settlement
@@ -184,6 +185,22 @@ def begun_is_delivered_again(patch: Patch) -> None:
     patch.setattr(Progress, "begin", lambda self, positions, digest: None)
 
 
+def delayed_leave_at_once(patch: Patch) -> None:
+    patch.setattr(SqliteStore, "_publish_or_delay", lambda self, tx, envelopes: self._publish(tx, envelopes))
+
+
+def delayed_are_forgotten(patch: Patch) -> None:
+    patch.setattr(SqliteStore, "_publish_or_delay", lambda self, tx, envelopes: None)
+
+
+def what_is_released_stays(patch: Patch) -> None:
+    def take_due(steady: int, wall: int) -> Any:
+        rows = yield "select topic, key, head, data from unlost_delayed where due <= ? order by due", (steady,)
+        return [decode_head(head, topic=topic, key=key, data=data) for topic, key, head, data in rows]
+
+    patch.setattr(delayed_module, "take_due", take_due)
+
+
 BROKER_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (keys_lose_zero_bytes, "keys_of_any_bytes"),
     (headers_get_lost, "every_field_round_trips"),
@@ -211,6 +228,9 @@ STORE_BUGS: list[tuple[Callable[[Patch], None], str]] = [
     (nobody_is_suspected, "suspects_after_kill_9"),
     (an_aborted_block_stays, "a_block_that_ends_badly_leaves_nothing"),
     (users_may_touch_the_books, "a_block_cannot_touch_the_books"),
+    (delayed_leave_at_once, "delayed_until_due"),
+    (delayed_are_forgotten, "delayed_until_due"),
+    (what_is_released_stays, "delayed_until_due"),
     (begun_is_forgotten, "begun_at_most_once"),
     (begun_is_delivered_again, "begun_at_most_once"),
     (queues_are_for_everybody, "one_service_for_a_queue"),

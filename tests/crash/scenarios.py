@@ -20,12 +20,13 @@ from typing import Any
 
 from checker import Contract, check
 from evidence import Effect, Journal, read
-from workload import SCHEMA, fork, value_of
+from workload import SCHEMA, fork, note_named, value_of
 
 import unlost.brokers.embedded.broker as broker_module
 import unlost.delivery.worker as worker_module
 import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
+import unlost.store.delayed as delayed_module
 from unlost import App, Context, Event, Reject, Retry, Service, Topic
 from unlost.events import seal
 from unlost.ops import books as books_module
@@ -157,8 +158,10 @@ class Scene:
         def examine(_: Journal) -> None:
             with opened(self.url) as looking:
                 file = looking.file
-                if not books_module.books(FileRecords(file)).balanced:
+                books = books_module.books(FileRecords(file))
+                if not books.balanced:
                     (self.folder / "audit-red").touch()
+                note_named(books, looking.log, self.folder)
                 rows = file.read(lambda c: c.execute(ALL_EFFECTS).fetchall())
             found = {a.kind for a in check(read(self.folder / "evidence"), [Effect(*row) for row in rows], contracts)}
             (self.folder / "found.json").write_text(json.dumps(sorted(found)))
@@ -472,6 +475,75 @@ def clean_stop(scene: Scene) -> set[str]:
     return scene.verdict(Contract(service="bill"))
 
 
+def cut_off(scene: Scene) -> set[str]:
+    """A handler that gets its events at most once takes its process down; the next one goes on behind what was begun."""
+    uids = names("a", 30)
+    scene.publish(*uids)
+
+    def life(journal: Journal, deadly: bool) -> None:
+        count = Service("count", guarantee="at-most-once")
+
+        @count.on(Ordered)
+        async def handle(event: Ordered) -> None:
+            journal.note("completed", event.uid, event.account, "count", event.value)
+            if deadly and event.uid == "a:3":
+                die()
+
+        scene.serve(all_behind, count)
+
+    def all_behind(file: File) -> bool:
+        sql = "select coalesce(sum(position), 0), coalesce(sum(length(begun)), 0) from unlost_progress"
+        return bool(file.read(lambda c: c.execute(sql).fetchone()) == (len(uids), 0))
+
+    scene.life(lambda j: life(j, True))
+    scene.life(lambda j: life(j, False))
+    return scene.verdict(Contract(service="count", expects=lambda uid: "named", at_most_once=True))
+
+
+def later(scene: Scene) -> set[str]:
+    """Events that leave later, and what their handler delays in turn; whoever releases them is killed in between."""
+    uids = names("a", 5)
+
+    async def publish(journal: Journal) -> None:
+        async with scene.app() as app:
+            for n, uid in enumerate(uids):
+                event = ordered(uid)
+                journal.note("intend", uid, event.account, "", event.value)
+                await app.publish(event, id=uid, delay=0.05 * n)
+                journal.note("acked", uid, event.account)
+
+    scene.life(lambda journal: asyncio.run(publish(journal)))
+
+    def life(journal: Journal, deadly: bool) -> None:
+        bill, ship = Service("bill"), Service("ship")
+
+        @bill.on(Ordered)
+        async def handle(event: Ordered, ctx: Context) -> None:
+            journal.note("completed", event.uid, event.account, "bill", event.value)
+            ctx.publish(Shipped(account=event.account, uid=event.uid, value=event.value), delay=0.2)
+
+        @ship.on(Shipped)
+        async def send(event: Shipped) -> None:
+            journal.note("completed", event.uid, event.account, "ship", event.value)
+
+        if deadly:
+            take_due = delayed_module.take_due
+
+            def dying(steady: int, wall: int) -> Any:
+                found = yield from take_due(steady, wall)
+                if found:
+                    die()
+                return found
+
+            delayed_module.take_due = dying
+        scene.serve(scene.all_done("ship", *uids), bill, ship)
+
+    scene.life(lambda j: life(j, True))
+    scene.life(lambda j: life(j, False))
+    once = [Contract(service=service, at_most_once=True) for service in ("bill", "ship")]
+    return scene.verdict(*once)
+
+
 def publisher_killed(scene: Scene) -> set[str]:
     """A publisher dies before the commit that holds its event; whatever it was told must be true."""
     scene.publish("a:0")
@@ -557,6 +629,8 @@ SCENES: dict[str, Callable[[Scene], set[str]]] = {
         killed_after_block,
         two_services,
         clean_stop,
+        cut_off,
+        later,
         publisher_killed,
         power_cut,
     )

@@ -37,6 +37,11 @@ CAUGHT: dict[str, tuple[str, set[str]]] = {
     "effect-before-mark": ("killed-after-block", {"doubled"}),
     "inbox-without-service": ("two-services", {"lost"}),
     "stop-drops-queue": ("clean-stop", {"lost"}),
+    "begins-when-handled": ("cut-off", {"doubled"}),
+    "cut-off-not-listed": ("cut-off", {"lost", "audit"}),
+    "delayed-not-durable": ("later", {"lost"}),
+    "release-drops": ("later", {"lost"}),
+    "released-again": ("later", {"doubled"}),
     "ack-before-commit": ("publisher-killed", {"lost"}),
     "sync-normal": ("power-cut", {"power loss"}),
 }

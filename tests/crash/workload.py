@@ -39,6 +39,7 @@ from evidence import Effect, Journal, read
 import unlost.delivery.worker as worker_module
 import unlost.sqlite.file as file_module
 import unlost.sqlite.process as process_module
+import unlost.store.delayed as delayed_module
 import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost import App, Command, Context, Event, OutcomeUnknown, Reject, Retry, RetryLater, Service, Topic, Unavailable
@@ -59,7 +60,7 @@ from unlost.store.sqlite import SqliteStore
 from unlost.testing import sabotage
 
 PARTITIONS = 4
-TOPICS = [Topic(name, partitions=PARTITIONS) for name in ("main", "echo", "relay", "book", "carry", "press")]
+TOPICS = [Topic(name, partitions=PARTITIONS) for name in ("main", "echo", "relay", "book", "carry", "press", "recall")]
 MOVES_SECONDS = 20.0
 HUNG_SECONDS = 2.0  # in this proof a process counts as hung much earlier, so that zombies are made in seconds
 SCHEMA = """
@@ -92,6 +93,14 @@ class Relayed(Event, topic="relay", key="account"):
 
 
 class Booked(Event, topic="book", key="account"):
+    account: str
+    uid: str
+    value: int
+
+
+class Recalled(Event, topic="recall", key="account"):
+    """Leaves a moment after it was published."""
+
     account: str
     uid: str
     value: int
@@ -137,6 +146,10 @@ def expected(service: str, uid: str) -> Expectation:
     return "shelf" if doomed(service, uid) and not curable(service, uid) else "done"
 
 
+def recalled(uid: str) -> Expectation:
+    return "nothing" if value_of(uid) % 5 or expected("strict", uid) != "done" else "done"
+
+
 def _contract(service: str, **more: Any) -> Contract:
     return Contract(service=service, expects=functools.partial(expected, service), **more)
 
@@ -153,6 +166,7 @@ CONTRACTS = [
     _contract("sink-echo", once=True),
     _contract("sink-relay", once=True),
     _contract("sink-book", once=True),
+    Contract(service="sink-recall", expects=lambda uid: recalled(uid), once=True, ordered=False),
     Contract(service="carrier", expects=lambda uid: "done" if value_of(uid) % 4 == 1 else "nothing", once=True),
     Contract(service="swift", expects=lambda uid: "named", at_most_once=True),
     Contract(service="press", expects=lambda uid: "nothing" if value_of(uid) % 4 else "done"),
@@ -254,6 +268,9 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
         stumble(0.03)
         async with ctx.transaction() as db:
             await effect(db, "strict", event)
+            if event.value % 5 == 0:
+                later = Recalled(account=event.account, uid=event.uid, value=event.value)
+                ctx.publish(later, delay=rng.random() * 0.5)
 
     @loose.on(Ordered)
     async def judge_loosely(event: Ordered, ctx: Context) -> None:
@@ -265,6 +282,11 @@ def make_services(journal: Journal, folder: Path, rng: random.Random) -> list[Se
         name = {Echoed: "sink-echo", Relayed: "sink-relay", Booked: "sink-book"}[type(event)]
         async with ctx.transaction() as db:
             await effect(db, name, event)
+
+    @sink.on(Recalled)
+    async def recall(event: Recalled, ctx: Context) -> None:
+        async with ctx.transaction() as db:
+            await effect(db, "sink-recall", event)
 
     @carrier.on(Carry)
     async def carry(command: Carry, ctx: Context) -> None:
@@ -300,6 +322,9 @@ POINTS: list[tuple[Any, str]] = [
     (process_module.ProcessFile, "__init__"),
     (SqliteStore, "settle_in"),
     (SqliteStore, "give"),
+    (SqliteStore, "release"),
+    (delayed_module, "take_due"),
+    (delayed_module, "put"),
     (store_module, "_take"),
     (store_module, "_shelve"),
     (store_module, "_wait"),
@@ -834,6 +859,7 @@ def wait_for_drain(folder: Path, seconds: float) -> None:
         records = looking.records
         while time.monotonic() < end:
             left = sum(b.open + b.dead + b.parked for b in books_module.books(records).services.values())
+            left += records.read(lambda look: look.execute("select count(*) from unlost_delayed").fetchone()[0])
             if not left:
                 return
             if least is None or left < least:

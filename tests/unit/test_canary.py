@@ -20,12 +20,12 @@ from unlost import App, Command, Context, Event, Retry, Sensitive, Service
 
 log = logging.getLogger("shop")
 
-class OrderPlaced(Event, key="order_id"):
+class GiftOrdered(Event, key="order_id"):
     order_id: str
     email: Sensitive[str]
     codes: Sensitive[list[int]] = []
 
-class Address(Event, view_of="order.OrderPlaced", past_tense=False):
+class Address(Event, view_of="order.GiftOrdered", past_tense=False):
     email: Sensitive[str]
 
 class SendReceipt(Command, queue="receipts", key="to"):
@@ -40,8 +40,8 @@ billing = Service("billing", guarantee="effectively-once", retry=Retry(attempts=
 mail = Service("mail", retry=Retry(attempts=1))
 look = Service("look", retry=Retry(attempts=1), on_dead="skip")
 
-@billing.on(OrderPlaced)
-async def charge(order: OrderPlaced, ctx: Context) -> None:
+@billing.on(GiftOrdered)
+async def charge(order: GiftOrdered, ctx: Context) -> None:
     with Path("seen.txt").open("a") as seen:
         print(order.email, file=seen)
     log.info("charging %s, %r, in %r", order, [order], ctx)
@@ -82,7 +82,7 @@ class CodesChecked(Event, key="order_id"):
     order_id: str
     codes: str
 
-class OrderPlaced(Event, key="order_id"):
+class GiftOrdered(Event, key="order_id"):
     order_id: str
     email: list[str]
 
@@ -127,7 +127,7 @@ def place(silent: Silent, *lines: dict[str, object], app: str = "shop") -> None:
 
 
 def order(silent: Silent, id: str) -> dict[str, object]:
-    return {"type": "OrderPlaced", "data": {"order_id": id, "email": silent.canary}}
+    return {"type": "GiftOrdered", "data": {"order_id": id, "email": silent.canary}}
 
 
 def run(silent: Silent, log: str) -> None:
@@ -160,7 +160,7 @@ def test_a_sensitive_value_is_shown_to_nobody_but_the_handler(silent: Silent) ->
     place(silent, order(silent, "a"), order(silent, "a"), order(silent, "b"))
     old = {"order_id": "a", "codes": silent.canary}
     place(silent, {"type": "CodesChecked", "data": old}, app="old")  # today's class cannot read it
-    place(silent, {"type": "OrderPlaced", "data": {"order_id": "c", "email": [silent.canary]}}, app="old")
+    place(silent, {"type": "GiftOrdered", "data": {"order_id": "c", "email": [silent.canary]}}, app="old")
     run(silent, "debug")
 
     letters = silent("dead", "list", "--json").json["letters"]
@@ -208,14 +208,14 @@ def test_an_event_that_cannot_be_made_does_not_say_what_was_given(silent: Silent
     data = {"order_id": "a", "email": silent.canary, "codes": [silent.canary]}
     if form == "fields":
         fields = ("order_id=a", f"codes={silent.canary}")
-        result = silent.shell.quick("publish", "OrderPlaced", *fields, "--app", "shop")
+        result = silent.shell.quick("publish", "GiftOrdered", *fields, "--app", "shop")
         silent.check(repr(result))
     elif form == "line":
         result = silent(
-            "publish", "-", "--app", "shop", stdin=json.dumps({"type": "OrderPlaced", "data": data}), code=None
+            "publish", "-", "--app", "shop", stdin=json.dumps({"type": "GiftOrdered", "data": data}), code=None
         )
     else:
-        result = silent("publish", "OrderPlaced", "-", "--app", "shop", stdin=json.dumps(data), code=None)
+        result = silent("publish", "GiftOrdered", "-", "--app", "shop", stdin=json.dumps(data), code=None)
     assert result.code == (2 if form == "fields" else 1) and "UL1326" in result.err
 
 
@@ -234,7 +234,7 @@ URLS = {
 @pytest.mark.parametrize("kind", URLS)
 def test_a_password_in_a_url_is_shown_nowhere(silent: Silent, kind: str) -> None:
     env = {name: url.format(silent.canary) for name, url in URLS[kind].items()}
-    for look in (*LOOKS, ("publish", "OrderPlaced", "order_id=a", "email=x", "--app", "shop")):
+    for look in (*LOOKS, ("publish", "GiftOrdered", "order_id=a", "email=x", "--app", "shop")):
         for json_too in ((), ("--json",)):
             silent(*look, *json_too, code=None, **env)
     for log in ("debug", "debug,json"):

@@ -111,7 +111,7 @@ def test_status_sees_what_a_killed_process_had(shell: Shell) -> None:
 
 STATUS_SERVICE = [
     "name", "on_dead", "processes", "partitions", "owned", "waiting", "in_flight", "retrying", "parked", "dead",
-    "oldest", "next_retry", "requested", "todo", "units", "alive",
+    "oldest", "next_retry", "requested", "hold", "retired", "todo", "units", "alive",
 ]  # fmt: skip
 
 
@@ -126,6 +126,7 @@ def test_the_schemas_are_stable(used: Shell) -> None:
         "topics",
         "broker",
         "outbox",
+        "delayed",
         "unreachable",
         "elsewhere",
         "lost",
@@ -155,7 +156,7 @@ def test_the_schemas_are_stable(used: Shell) -> None:
     audit = shell.quick("audit", "--json").json
     assert list(audit) == [
         "schema", "broker", "balanced", "unaccounted", "services", "missing", "missing_more", "abandoned",
-        "abandoned_more", "findings",        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "exported", "elsewhere",
+        "abandoned_more", "findings",        "unaccountable", "verified", "damaged", "ranges", "unverified", "outbox", "delayed", "exported", "elsewhere",
     ]  # fmt: skip
     assert audit["schema"] == "unlost.audit/1"
     config = shell.quick("config", "--json").json

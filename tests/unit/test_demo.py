@@ -207,7 +207,7 @@ async def test_a_folder_where_processes_are_at_work_is_left_alone(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [({"orders": "none"}, "UL1394"), ({"orders": "0"}, "UL1394"), ({"kills": -1}, "UL1393"), ({"break_": "no-such"}, "UL1395")],
+    [({"orders": "none"}, "UL1394"), ({"orders": "0"}, "UL1394"), ({"kills": -1}, "UL1393"), ({"break_": "no-such"}, "UL1395"), ({"break_": "release-drops"}, "UL1397")],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_anything_is_made(
     arguments: dict[str, object], code: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

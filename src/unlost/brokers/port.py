@@ -51,7 +51,8 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Proof that an event is durable: where it stands in the log. `recorded` is in microseconds since 1970.
+    """Proof that an event is durable: where it stands in the log. `recorded` is in microseconds since 1970. One that is
+    delayed stands in the store until it is `due` (microseconds), and has no place in the log yet (-1).
 
     **Guarantee** who has it need not publish again: the event survives what the broker declares.
 
@@ -66,6 +67,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     partition: int
     position: int
     recorded: int  # microseconds since 1970
+    due: int | None = None
 
 
 class Saved(NamedTuple):
@@ -252,6 +254,19 @@ class Findable(Protocol):
 
         Raises:
             Damaged: an event that had to be read for it is damaged or missing.
+        """
+
+
+@runtime_checkable
+class Erasable(Protocol):
+    """What a log can do beyond that, if it can take the content out of an event and leave its place."""
+
+    def erase(self, topic: str, partition: int, positions: Collection[int], key: bytes) -> int:
+        """Takes everything out of the events at these positions that have this key, but for id, source, type, version and
+        time; returns how many. One commit. From then on `read` and every member give them with the rule `erased`.
+
+        Raises:
+            Damaged: one of them is not as it was written. Nothing is changed.
         """
 
 

@@ -18,7 +18,7 @@ from unlost.errors import Damaged, Unavailable, UnlostError, UsageError
 from unlost.ops import books as ledger
 from unlost.ops import ledger as statements
 from unlost.ops.connect import ELSEWHERE, Looking
-from unlost.ops.outbox import OutboxStatus
+from unlost.ops.outbox import Delayed, OutboxStatus
 from unlost.ops.settings import hide_secrets, settings
 from unlost.ops.status import ServiceStatus, Status, TopicStatus
 from unlost.ops.status import look as look_at
@@ -143,6 +143,8 @@ def _show_status(found: Status, json: bool, *, many: bool = False) -> int:
     if found.unreachable is None:
         if found.outbox is None:
             out()
+        for line in _delayed_lines(found.delayed):
+            out(line)
         events = sum(t.events for t in found.topics)
         out(f"{count(len(found.topics), 'topic')}, {count(events, 'event')}: unlost topic list")
     else:
@@ -195,6 +197,13 @@ def _outbox_lines(o: OutboxStatus) -> list[str]:
     return lines
 
 
+def _delayed_lines(d: Delayed) -> list[str]:
+    if not d.events:
+        return []
+    line = f"delayed {count(d.events, 'event')} in the store, in no log yet; the first is due at {_time(d.first)}"
+    return [warn(f"{line}, and nobody releases them: unlost run")] if d.overdue else [line]
+
+
 def _alive(s: ServiceStatus) -> str:
     hung = sum(p.hung for p in s.processes)
     return f"{s.alive} ({hung} hung)" if hung else str(s.alive)
@@ -203,12 +212,17 @@ def _alive(s: ServiceStatus) -> str:
 def _status_json(members: dict[str, Any], status: Status) -> dict[str, Any]:
     if status.outbox is not None:
         members["outbox"] = _outbox_json(status.outbox)
+    members["delayed"] = _delayed_json(status.delayed)
     for found, s in zip(members["services"], status.services, strict=True):
         found["alive"] = s.alive
         found["oldest"], found["next_retry"] = _time(s.oldest), _time(s.next_retry)
     for topic in members["topics"]:
         topic["oldest"], topic["newest"] = _time(topic["oldest"]), _time(topic["newest"])
     return members
+
+
+def _delayed_json(d: Delayed) -> dict[str, Any]:
+    return {"events": d.events, "first": _time(d.first), "overdue": d.overdue}
 
 
 def _outbox_json(o: OutboxStatus) -> dict[str, Any]:
@@ -280,7 +294,7 @@ def audit(
                 "abandoned": [_missing_json(m) for m in cut_off], "abandoned_more": len(found.abandoned) - len(cut_off),
                 "findings": found.findings, "unaccountable": found.unaccountable,
                 "verified": verify, "damaged": problems, "ranges": found.ranges, "unverified": examined.unverified,
-                "outbox": _outbox_json(waiting) if elsewhere else None,
+                "outbox": _outbox_json(waiting) if elsewhere else None, "delayed": _delayed_json(examined.delayed),
                 "exported": written if place is not None else None, "elsewhere": others,
             },
         )  # fmt: skip
@@ -290,6 +304,8 @@ def audit(
         out(line)
     for problem in problems:
         out(warn(f"damaged: {clean(problem)}"))
+    for line in _delayed_lines(examined.delayed):
+        out(line)
     if elsewhere and (waiting.events or waiting.copies):
         for line in _outbox_lines(waiting):
             out(line)

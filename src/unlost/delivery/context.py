@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Generic, Protocol, TypeVar, overload
 
 from unlost.errors import Misconfigured, Unavailable, UsageError
@@ -28,6 +28,9 @@ class Unit(Protocol):
 
     def check(self, envelope: Envelope) -> None:
         """Raises `UsageError` for an event that the broker would never accept."""
+
+    def due(self, delay: float | timedelta | None, at: datetime | None) -> tuple[int, bool] | None:
+        """When something that is delayed is due."""
 
     async def before_block(self) -> None:
         """Returns when the key's earlier outcomes are durable: a block's commit must not overtake them."""
@@ -62,10 +65,13 @@ class Context:
         ...     ctx.publish(OrderCharged(order_id=order.order_id))
     """
 
-    def __init__(self, envelope: Envelope, *, service: str, handler: str, attempt: int, now: int, unit: Unit) -> None:
+    def __init__(
+        self, envelope: Envelope, *, service: str, handler: str, attempt: int, now: int, unit: Unit, replaying: bool = False
+    ) -> None:  # fmt: skip
         self.envelope = envelope
         self.service = service
         self.attempt = attempt
+        self._replaying = replaying
         self._handler = handler
         self._now = now
         self._unit = unit
@@ -95,42 +101,64 @@ class Context:
         return self.envelope.headers
 
     @property
+    def replaying(self) -> bool:
+        """Whether `unlost replay` delivers the event again, and not the service itself."""
+        return self._replaying
+
+    @property
     def idempotency_key(self) -> str:
-        """The same for every attempt of this handler on this event: give it to foreign APIs."""
+        """The same for every attempt of this handler on this event, also in a replay: give it to foreign APIs."""
         return derived_id(self.envelope, f"{self.service}/{self._handler}", -1)
 
     def publish(
-        self, event: Event, *, occurred_at: datetime | None = None, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Publishes with the delivery. The id is derived from the event in hand, so a repeat is recognised.
+        self,
+        event: Event,
+        *,
+        occurred_at: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+    ) -> str:
+        """Publishes with the delivery; with `delay` (seconds or timedelta) or `at` it leaves then. Returns the id, which is
+        derived from the event in hand, so that a repeat is recognised; `app.cancel` takes it.
 
         Raises:
             UsageError: the event cannot be published, or the delivery is over.
         """
-        self._add(event, occurred_at, headers, command=False)
+        return self._add(event, occurred_at, headers, delay, at, command=False)
 
-    def send(self, command: Command, *, headers: Mapping[str, str] | None = None) -> None:
+    def send(
+        self,
+        command: Command,
+        *,
+        headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+    ) -> str:
         """Sends a command with the delivery, as `publish` does it with an event.
 
         Raises:
             UsageError: the command cannot be sent, or the delivery is over.
         """
-        self._add(command, None, headers, command=True)
+        return self._add(command, None, headers, delay, at, command=True)
 
     def _add(
-        self, event: Event, occurred_at: datetime | None, headers: Mapping[str, str] | None, *, command: bool
-    ) -> None:
+        self, event: Event, occurred_at: datetime | None, headers: Mapping[str, str] | None,
+        delay: float | timedelta | None, at: datetime | None, *, command: bool,
+    ) -> str:  # fmt: skip
+        due = None if delay is None and at is None else self._unit.due(delay, at)
         with self._lock:  # threads of a handler: none may be too late unseen, or get another one's id
             self._check_open("send" if command else "publish")
             number = len(self._published)
             id = derived_id(self.envelope, f"{self.service}/{self._handler}", number)
             envelope = seal(
                 event, source=self.service, id=id, occurred_at=occurred_at, cause=self.envelope, headers=headers,
-                command=command, now=self._now,
+                command=command, due=due, now=self._now,
             )  # fmt: skip
             encode_head(envelope)  # what cannot be stored is refused here, where it is the handler's error
             self._unit.check(envelope)
             self._published.append(envelope)
+            return id
 
     @overload
     def transaction(self) -> TransactionBlock[AsyncDb, Db]: ...

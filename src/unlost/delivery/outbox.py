@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Protocol
 
+from unlost.delivery.later import due_of
 from unlost.errors import UsageError
 from unlost.events import Command, Envelope, Event, seal
 from unlost.store.sessions.connect import of
 from unlost.store.sessions.port import AnySession, Dialect
 from unlost.store.steps import Steps, run, run_async
+from unlost.world import World
 
 
 class Place(Protocol):
@@ -61,12 +63,12 @@ class Outbox:
         connection: object,
         find: Find,
         source: str,
-        now: Callable[[], int],
+        world: World,
     ) -> None:
         self._session = of(connection)
         self._find = find
         self._source = source
-        self._now = now
+        self._world = world
         self._place: Place | None = None
         self._events: list[Envelope] = []
         self._open = False
@@ -78,8 +80,11 @@ class Outbox:
         id: str | None = None,
         occurred_at: datetime | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Publishes with the transaction: a plain call. The events are written at the end of the block, in the order of
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+    ) -> str:
+        """Publishes with the transaction: a plain call, which returns the id. With `delay` (seconds or timedelta) or `at`
+        the event leaves then; `app.cancel` takes its id. The events are written at the end of the block, in the order of
         the calls; not at all if the block fails or the transaction is rolled back.
 
         With an `id` of your own, a request that is sent again publishes at most a duplicate, which effectively-once
@@ -88,27 +93,38 @@ class Outbox:
         Raises:
             UsageError: the event cannot be published, or the block is over.
         """
-        self._add(event, id, occurred_at, headers, command=False)
+        return self._add(event, id, occurred_at, headers, delay, at, command=False)
 
-    def send(self, command: Command, *, id: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def send(
+        self,
+        command: Command,
+        *,
+        id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+    ) -> str:
         """Sends a command with the transaction, as `publish` does it with an event.
 
         Raises:
             UsageError: the command cannot be sent, or the block is over.
         """
-        self._add(command, id, None, headers, command=True)
+        return self._add(command, id, None, headers, delay, at, command=True)
 
     def _add(
-        self, event: Event, id: str | None, when: datetime | None, headers: Mapping[str, str] | None, *, command: bool
-    ) -> None:
+        self, event: Event, id: str | None, when: datetime | None, headers: Mapping[str, str] | None,
+        delay: float | timedelta | None, at: datetime | None, *, command: bool,
+    ) -> str:  # fmt: skip
         if not self._open:
             raise UsageError(
                 "UL1255", "an outbox is open inside its block only", fix="with app.outbox(connection) as outbox: outbox.publish(…)"
             )  # fmt: skip
         sealed = seal(
-            event, source=self._source, id=id, occurred_at=when, headers=headers, command=command, now=self._now()
-        )
+            event, source=self._source, id=id, occurred_at=when, headers=headers, command=command,
+            due=due_of(self._world, delay, at), now=self._world.now(),
+        )  # fmt: skip
         self._events.append(sealed)
+        return sealed.id
 
     # sync
 

@@ -60,6 +60,11 @@ class Handler:
     concurrency: int
 
     @functools.cached_property
+    def plain(self) -> bool:
+        """Whether it takes every event, and nothing but the event."""
+        return not (self.takes_context or self.turns_away)
+
+    @functools.cached_property
     def turns_away(self) -> bool:
         """Whether an event may be not for it: a duplicate, or not what `where` wants."""
         return self.where is not None or self.guarantee == "effectively-once"

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 import msgspec
@@ -35,27 +36,31 @@ from unlost.delivery.fate import (
     spent,
 )  # fmt: skip
 from unlost.delivery.lanes import Delivery, Lane, Owned, Plain
+from unlost.delivery.later import due_of
 from unlost.delivery.outage import PROBE_SECONDS, Outage
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.settle import Settler
 from unlost.delivery.suspicion import Suspicion
 from unlost.errors import Damaged, Fenced, Misconfigured, Unavailable, Undecodable, UnlostError, UsageError
 from unlost.events import Envelope, Event, content_hash, event_hash, key_of, try_decode
-from unlost.events.topic import Arrival, Gap, Unit
+from unlost.events.topic import ERASED, Arrival, Gap, Unit
 from unlost.store.port import (
     Attempt,
     Block,
     Death,
     Hands,
+    Hold,
     Inbox,
     Known,
     Outcome,
     Settlement,
+    State,
     Store,
     SyncBlock,
     Taken,
     Waiting,
 )
+from unlost.store.services import refused
 from unlost.world import REAL, World
 
 log = logging.getLogger("unlost.worker")
@@ -106,12 +111,19 @@ class Worker:
         world: World = REAL,
         probe: Probe | None = None,
         suspicion: Suspicion | None = None,
+        acts_for: str = "",
+        through: Callable[[Member], Member] | None = None,
     ) -> None:
+        """`acts_for`: it replays what was that service's, with its handlers and in its name; the books are this one's own.
+        `through` stands between it and its membership."""
         self.service = service
+        self._acts_for = acts_for
+        self._through = through
         self.world = world
         self.probe = probe
         self.owned: dict[Unit, Owned] = {}
         self.delivered = 0
+        self.hold: Hold | None = None  # paused by an operator: nothing is received, and nothing new is begun
         self._broker = broker
         self._store = store
         self._settler = Settler(store, self._on_durable, self._on_fenced)
@@ -248,11 +260,12 @@ class Worker:
         assert envelope is not None
         return Context(
             envelope,
-            service=self.service.name,
+            service=self._acts_for or self.service.name,
             handler=d.handler.name,
             attempt=len(d.attempts) + 1,
             now=self.world.now(),
             unit=_DeliveryUnit(self, d),
+            replaying=bool(self._acts_for),
         )
 
     async def _handle(self, d: Delivery, event: Any, ctx: Context | None, run: _Running) -> BaseException | None:
@@ -331,7 +344,7 @@ class Worker:
                 outcome.inbox = self._inbox(d)
                 self._remember(owned, outcome.inbox)
         elif isinstance(fate, Skip):
-            outcome.state, outcome.rule = "skipped", fate.rule
+            outcome.state, outcome.rule = _state_of(fate.rule), fate.rule
         elif isinstance(fate, RetryAt):
             self._retry(d, fate, error, outcome)
             return
@@ -508,7 +521,7 @@ class Worker:
     def _begin_batch(self, lane: Lane, size: int) -> tuple[list[Delivery], int]:
         """The lane's next events, and the settler's number: when that is settled, they may be handled."""
         owned, queue = lane.owned, lane.queue
-        if self._slow or self._stopping or owned.draining or owned.gone or not queue:
+        if self._slow or self._stopping or self.hold or owned.draining or owned.gone or not queue:
             return [], 0
         batch = [queue.popleft() for _ in range(min(size, len(queue)))]
         digest = 0
@@ -519,35 +532,36 @@ class Worker:
     async def _handle_batch(self, owned: Owned, batch: Sequence[Delivery], run: _Running) -> None:
         """Each of them once. What is not plain takes the way of all others."""
         ended: list[int] = []
-        size, now = 0, self.world.monotonic
+        size = 0
+        assert run.task is not None
+        cancelling = run.task.cancelling
         try:
             for d in batch:
                 d.begun = True
                 handler = d.handler
-                event = error = None
-                if not (handler.takes_context or handler.turns_away or d.attempts or self.probe):
-                    with contextlib.suppress(Exception):  # it comes again there
-                        event = self._decode(d)
+                event = None
+                if d.arrival.simple and d.cls is not None and handler.plain and not d.attempts and self.probe is None:
+                    event = try_decode(d.arrival.data, d.cls)
                 if event is None:
                     await self.deliver(d, run)
                     continue
-                run.watch(d, now())
+                run.hold(d)
+                error: BaseException | None = None
                 try:
                     await handler.function(event)
                 except KeyboardInterrupt:
                     raise
                 except BaseException as e:
                     error = e
-                finally:
-                    late = run.unwatch()
-                if error is not None or late or run.cancelled:
-                    error = await self._concluded(d, error, late, None, run)
-                if error is None:
-                    ended.append(d.arrival.position)
-                    size += d.size
-                else:
-                    self._settle(d, decide_once(error), error, None)
+                if error is not None or cancelling():
+                    error = await self._concluded(d, error, run.unwatch(), None, run)
+                    if error is not None:
+                        self._settle(d, decide_once(error), error, None)
+                        continue
+                ended.append(d.arrival.position)
+                size += d.size
         finally:
+            run.unwatch()
             if ended:
                 self._settler.ended(owned, ended, size)
             self.delivered += len(batch)
@@ -556,7 +570,9 @@ class Worker:
 
     async def run(self) -> None:
         """Works until `stop`, or until the store or the broker fails for good (then it raises that)."""
-        self._member = await self._broker.join(self.service.name, sorted(self.service.topics))
+        self._hold(await self._store.held(self.service.name))
+        member = await self._broker.join(self.service.name, sorted(self.service.topics))
+        self._member = member if self._through is None else self._through(member)
         if self._stopping:  # told to leave while it was joining
             await self._member.close()
             return
@@ -657,6 +673,7 @@ class Worker:
                 self._set_timer(due, lane)
             self._member.resume(taken.unit)  # a pause of before, told when the unit was lost already
             self._member.seek(taken.unit, taken.position)
+            self._throttle(owned)
 
     def _take_in(self, arrivals: Arrivals, seen: Mapping[tuple[str, str], Known]) -> None:
         owned = self.owned.get(arrivals.unit)
@@ -682,7 +699,8 @@ class Worker:
             handler, cls = self._routes.get(type) or self._route(type)
             if handler is None or arrival.rule:
                 rule = arrival.rule or "no handler"
-                self._settler.put(owned, Outcome(arrival=arrival, state="skipped", rule=rule, event_hash=digest))
+                state = _state_of(rule)
+                self._settler.put(owned, Outcome(arrival=arrival, state=state, rule=rule, event_hash=digest))
                 continue
             if not arrival.key and cls is not None and (cls.__unlost__.key is not None or cls.__unlost__.is_command):
                 arrival = self._with_key(owned.unit, arrival, cls)
@@ -799,7 +817,7 @@ class Worker:
         active = self._active
         count = 0
         while not run.given_up:
-            if self._ready and not (self._stopping or self._suspicion.count):
+            if self._ready and not (self._stopping or self.hold or self._suspicion.count):
                 lane: Lane | None = self._ready.popleft()
                 lane.ready = False  # type: ignore[union-attr]
             else:
@@ -830,7 +848,7 @@ class Worker:
                     d = lane.queue[0]
                 if d is not None and (owned.gone or owned.draining):
                     self._let_on(d.handler.name)
-                elif d is not None and not self._held_back(lane, d):
+                elif d is not None and not (self.hold or self._held_back(lane, d)):
                     name = d.handler.name
                     active[name] = active.get(name, 0) + 1
                     try:
@@ -864,7 +882,7 @@ class Worker:
 
     def _choose(self) -> Lane | None:
         """The next lane to run. While events are suspected of killing their process, one at a time, those first."""
-        if self._stopping or not self._ready:
+        if self._stopping or self.hold or not self._ready:
             return None
         if self._suspicion.count:
             lane = self._suspect()
@@ -880,7 +898,7 @@ class Worker:
 
     def _suspect(self) -> Lane | None:
         """A lane with a suspect that may run now."""
-        for lane in () if self._stopping else self._ready:
+        for lane in () if self._stopping or self.hold else self._ready:
             if any(d.suspect for d in lane.queue) or any(d.suspect for d in lane.loaded):
                 return lane
         return None
@@ -1002,7 +1020,7 @@ class Worker:
             return
         if not owned.paused:
             full = owned.in_hand >= IN_HAND_MAX or owned.size >= IN_HAND_BYTES_MAX
-            if full or owned.aside >= ASIDE_MAX or owned.narrow:
+            if full or owned.aside >= ASIDE_MAX or owned.narrow or self.hold:
                 owned.paused = True
                 self._member.pause(owned.unit)
                 if owned.aside >= ASIDE_MAX:
@@ -1011,8 +1029,7 @@ class Worker:
             owned.in_hand < IN_HAND_MAX // 2
             and owned.size < IN_HAND_BYTES_MAX // 2
             and owned.aside < ASIDE_MAX
-            and not owned.narrow
-            and not owned.draining
+            and not (owned.narrow or owned.draining or self.hold)
         ):
             owned.paused = False
             self._member.resume(owned.unit)
@@ -1119,6 +1136,7 @@ class Worker:
             await asyncio.sleep(REQUESTS_SECONDS)
             if self._stopping:
                 continue
+            self._hold(await self._insist(self._store.held, self.service.name))
             for request in await self._insist(self._store.requests, self.service.name):
                 owned = self.owned.get(request.unit)
                 if owned is None or owned.gone or owned.draining:
@@ -1141,6 +1159,23 @@ class Worker:
                 self._start(lane)
                 if lane.empty:
                     owned.drop(lane)
+
+    def _hold(self, hold: Hold | None) -> None:
+        """What operators say of the whole service. Paused, it stays in its group, and what is in a handler ends.
+
+        Raises:
+            UsageError: it was retired or renamed, while this process waited for a partition.
+        """
+        if hold is not None and hold.state != "paused":
+            raise refused(self.service.name, hold)
+        if hold == self.hold:
+            return
+        log.warning("%s: %s", self.service.name, "it is resumed" if hold is None else hold.said)
+        self.hold = hold
+        for owned in self.owned.values():
+            self._throttle(owned)
+        self.wake()
+        self._suspicion.pass_on()
 
     # --- leaving -----------------------------------------------------------------------------------------
 
@@ -1261,6 +1296,11 @@ class Worker:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def _state_of(rule: str) -> State:
+    """What a rule turned away is skipped; what an operator has erased is removed."""
+    return "removed" if rule == ERASED else "skipped"
+
+
 def _no_event(problem: str) -> Undecodable:
     """A problem may have a code of its own."""
     code, colon, text = problem.partition(": ")
@@ -1360,6 +1400,7 @@ class _Running:
         self.lane: Lane | None = None
         self.given_up = False
         self._delivery: Delivery | None = None
+        self._timed: Delivery | None = None  # the one that `_since` is about
         self._since = 0.0
         self._cancelled = 0.0
         self._cancels = 0
@@ -1374,9 +1415,13 @@ class _Running:
         return self.unwatch()
 
     def watch(self, d: Delivery, now: float) -> None:
-        """Only its deadline: whoever dies with an event in hand that is not delivered again need not say so."""
         self._since = now
         self._cancels = 0
+        self._delivery = self._timed = d
+
+    def hold(self, d: Delivery) -> None:
+        """Only its deadline, which begins when it is looked at first: whoever dies with an event in hand that is not
+        delivered again need not say so."""
         self._delivery = d
 
     def unwatch(self) -> bool:
@@ -1398,7 +1443,11 @@ class _Running:
     def check(self, now: float) -> None:
         """Cancels a handler that is past its deadline; again, if it does not listen."""
         d = self._delivery
-        if d is None or self.task is None or now - self._since < d.handler.deadline:
+        if d is None or self.task is None:
+            return
+        if d is not self._timed:
+            self.watch(d, now)
+        if now - self._since < d.handler.deadline:
             return
         if self._cancels == 0 or now - self._cancelled >= CANCEL_AGAIN_SECONDS:
             self._cancelled = now
@@ -1408,7 +1457,7 @@ class _Running:
     def late(self, now: float, seconds: float) -> str:
         """In words, if its handler goes on so long after its deadline."""
         d = self._delivery
-        if d is None or now - self._since <= d.handler.deadline + seconds:
+        if d is None or d is not self._timed or now - self._since <= d.handler.deadline + seconds:
             return ""
         return f"the handler {d.handler.name} goes on after its deadline of {d.handler.deadline:g} s"
 
@@ -1425,6 +1474,9 @@ class _DeliveryUnit:
 
     def check(self, envelope: Envelope) -> None:
         self._worker._broker.check(envelope)
+
+    def due(self, delay: float | timedelta | None, at: datetime | None) -> tuple[int, bool] | None:
+        return due_of(self._worker.world, delay, at)
 
     async def before_block(self) -> None:
         """The key's earlier outcomes first: a block that overtook them would break the order of what they publish,

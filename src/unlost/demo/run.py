@@ -347,8 +347,14 @@ def _check_bug(name: str | None, *, on_kafka: bool) -> None:
 
     if name not in sabotage.BUGS:
         raise UsageError(
-            "UL1395", f"there is no planted bug named {name!r}", found=f"there are {', '.join(sorted(sabotage.BUGS))}"
-        )
+            "UL1395", f"there is no planted bug named {name!r}",
+            found=f"there are {', '.join(sorted(n for n, bug in sabotage.BUGS.items() if not bug.not_in_shop))}",
+        )  # fmt: skip
+    if without := sabotage.BUGS[name].not_in_shop:
+        raise UsageError(
+            "UL1397", f"the planted bug {name!r} would change nothing in the shop", found=without,
+            fix="--break ack-first; the kill loop and the scenes of the test suite plant this one",
+        )  # fmt: skip
     why = sabotage.BUGS[name].only_embedded
     if on_kafka and why:
         raise UsageError(

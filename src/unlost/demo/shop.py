@@ -1,14 +1,16 @@
 """The shop: four services that know the events, and not each other.
 
     OrderPlaced → order → OrderCreated → payment → PaymentRequested, PaymentConfirmed, PaymentApproved (or
-    PaymentDeclined), PaymentCompleted → notification, settlement
+    PaymentDeclined), PaymentCompleted → settlement
+
+and one order to do something: payment sends SendReceipt to the queue that notification works off.
 
 Each runs as its own process: `unlost run unlost.demo.shop --service payment`.
 """
 
 from datetime import date
 
-from unlost import App, Context, Event, Reject, Service
+from unlost import App, Command, Context, Event, Reject, Service
 from unlost.demo import mail
 
 CARD_LIMIT_CENTS = 5_000_00  # no real order of the file reaches it
@@ -54,6 +56,15 @@ class PaymentCompleted(ShopEvent):
     amount_cents: int
 
 
+# An order to do something, for one service; those of one customer are carried out one after another.
+
+
+class SendReceipt(Command, queue="receipts", key="customer_id"):
+    customer_id: str
+    order_id: str
+    amount_cents: int
+
+
 # The services.
 
 order = Service("order", guarantee="effectively-once")
@@ -88,13 +99,14 @@ async def take_payment(created: OrderCreated, ctx: Context) -> None:
         if approved:
             ctx.publish(PaymentApproved(**who, amount_cents=amount))
             ctx.publish(PaymentCompleted(**who, amount_cents=amount, ordered_on=created.ordered_on))
+            ctx.send(SendReceipt(**who, amount_cents=amount))
         else:
             ctx.publish(PaymentDeclined(**who, reason="above the limit of the card"))
 
 
-@notification.on(PaymentCompleted)
-async def send_receipt(completed: PaymentCompleted, ctx: Context) -> None:
-    mail.send(completed.order_id, f"{completed.amount_cents / 100:.2f}", key=ctx.idempotency_key)
+@notification.on(SendReceipt)
+async def send_receipt(command: SendReceipt, ctx: Context) -> None:
+    mail.send(command.order_id, f"{command.amount_cents / 100:.2f}", key=ctx.idempotency_key)
 
 
 @settlement.on(PaymentCompleted)

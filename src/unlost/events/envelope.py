@@ -28,7 +28,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One event as it is accepted, stored and delivered: CloudEvents attributes, key and data bytes.
 
     `time` is when the fact occurred, `recordedtime` when the broker took it (both RFC 3339).
-    `number` counts the events of one `publisher`, without a gap.
+    `number` counts the events of one `publisher`, without a gap. `due` (microseconds; `by_clock`: a time on the wall, else a
+    span that began when it was sealed) is of one that is not to leave yet; it does not travel.
     """
 
     id: str
@@ -52,6 +53,8 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     number: int | None = None
     extensions: dict[str, str | int | bool] = {}
     headers: dict[str, str] = {}
+    due: int | None = None
+    by_clock: bool = False
 
     @property
     def occurred_at(self) -> datetime:
@@ -80,11 +83,12 @@ def seal(
     topic: str | None = None,
     publisher: str | None = None,
     command: bool | None = None,
+    due: tuple[int, bool] | None = None,
     now: int,
 ) -> Envelope:
     """Makes the envelope of a typed event: the one place where that happens. `now` is in microseconds.
 
-    `command` says what is meant: an order that is sent (True), a fact that is published (False), or either (None).
+    `due` is of one that leaves later (see `delivery/later.py`). `command` says what is meant: an order that is sent (True), a fact that is published (False), or either (None).
 
     With a `cause` the event carries on its correlation and its trace; without one it begins its own.
     **Guarantee**: the data can be read again by the class of the event.
@@ -151,6 +155,8 @@ def seal(
         eventversion=spec.version,
         publisher=publisher,
         headers=_checked_headers(headers) if headers else {},
+        due=None if due is None else due[0],
+        by_clock=due is not None and due[1],
     )
 
 

@@ -14,10 +14,11 @@ from unlost.errors import Damaged, UsageError
 from unlost.events import event_hash
 from unlost.events.topic import Arrival, TopicInfo, Unit
 from unlost.ops.connect import log_of
-from unlost.ops.outbox import OutboxStatus, contradictions, status_of
+from unlost.ops.outbox import Delayed, OutboxStatus, contradictions, delayed_of, status_of
 from unlost.store.port import Look, Records
 from unlost.store.progress import Runs
 from unlost.store.records import FileRecords
+from unlost.store.services import decode
 
 NAMED_MAX = 1000
 READ_MAX = 500  # events in one look at the log
@@ -58,6 +59,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     read: int
     passed: Sequence[Passed]
     declared: bool  # the App declares a retention for the topic
+    retired: bool = False  # what came since then is not for it
 
 
 def books(records: Records, services: Sequence[str] | None = None, *, log: Log | None = None) -> Books:
@@ -75,6 +77,7 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
 
     books: Books
     outbox: OutboxStatus
+    delayed: Delayed
     compared: int = 0  # units whose events were read again and compared with the saved digest
     unverified: Sequence[str] = ()  # units of which that cannot be done, and why
 
@@ -91,19 +94,21 @@ def examine_all(
     says of services what the broker knows to be gone from here."""
     log = log or log_of(records)
 
-    def gather(look: Look) -> tuple[list[Stored], list[tuple[str, str]], OutboxStatus]:
+    def gather(look: Look) -> tuple[list[Stored], list[tuple[str, str]], OutboxStatus, Delayed]:
         known = {name for (name,) in look.execute("select name from unlost_service")}
         for name in services or ():
             if name not in known:
                 raise UsageError(
                     "UL1331", f"no service {name!r} has run on this broker", found=", ".join(sorted(known)) or "none"
                 )
-        return stored(records, look), vanished(records, look), status_of(records, look)
+        return (
+            stored(records, look), vanished(records, look), status_of(records, look), delayed_of(records, look),
+        )  # fmt: skip
 
     def work() -> Examined:
         # The log is asked after the store, so that it is never behind it; the snapshot of a file begins with its first
         # statement. What leaves the outbox in between is counted twice, and never not at all.
-        found, traces, outbox = records.read(gather)
+        found, traces, outbox, delayed = records.read(gather)
         traces += lost
         if services:
             found = [s for s in found if s.unit.service in services]
@@ -115,7 +120,7 @@ def examine_all(
         findings = [*_changed(found, infos), *contradictions(outbox)]
         unverified = _incomparable(evidence, log) if again is None else again.unverified
         balanced = reconcile(evidence, [text for _, text in traces], findings)
-        return Examined(books=balanced, outbox=outbox, compared=len(digests), unverified=unverified)
+        return Examined(books=balanced, outbox=outbox, delayed=delayed, compared=len(digests), unverified=unverified)
 
     return log.together(work)
 
@@ -134,10 +139,11 @@ def gather(records: Records, log: Log | None = None) -> list[Evidence]:
 
 def stored(records: Records, look: Look) -> list[Stored]:
     """The store's side of every unit, from one snapshot: each table is read once."""
-    retained = {
-        name: set(msgspec.json.decode(policy).get("retained", ()))
-        for name, policy in look.execute("select name, policy from unlost_service")
-    }
+    retained, retired = dict[str, set[str]](), set[str]()
+    for name, policy, hold in look.execute("select name, policy, hold from unlost_service"):
+        retained[name] = set(msgspec.json.decode(policy).get("retained", ()))
+        if (held := decode(hold)) is not None and held.state == "retired":
+            retired.add(name)
     rows = look.execute(
         "select service, topic, partition, topic_id, start, start_digest, owner, position, fated, counts, digest, "
         "count(*) over (partition by service, topic) from unlost_progress order by service, topic, partition"
@@ -168,6 +174,7 @@ def stored(records: Records, look: Look) -> list[Stored]:
                 listed=listed[unit], on_shelf=frozenset(shelf[unit]), in_waiting_room=frozenset(waiting[unit]),
                 read=process.read.get(unit, 0) if process is not None and process.alive else 0,
                 passed=passed[unit], declared=topic in retained.get(service, ()),
+                retired=service in retired,
             )
         )  # fmt: skip
     return found
@@ -177,6 +184,8 @@ def _evidence(s: Stored, info: TopicInfo | None, log: Log, digests: Mapping[Unit
     service, topic, partition = s.unit
     if info is not None and _is_same(s, info):
         log_start, end = info.ranges[partition]
+        if s.retired:
+            log_start, end = min(log_start, s.position), min(end, s.position)
         gaps = log.holes(topic, partition)
         digest = log.digest(topic, partition, s.start, s.start_digest, s.fated)
     else:  # said as a finding; what the store knows by itself is still counted

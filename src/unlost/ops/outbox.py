@@ -32,6 +32,21 @@ class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.events or self.copies) and not self.relays and not self.streams
 
 
+class Delayed(msgspec.Struct, frozen=True, kw_only=True):
+    """Events and commands that wait in the store for their time."""
+
+    events: int
+    first: int | None  # when the first of them is due, microseconds since 1970
+    overdue: bool  # it should have left a while ago: no process with this store runs services
+
+
+def delayed_of(records: Records, look: Look) -> Delayed:
+    events, first = look.execute("select count(*), min(due) from unlost_delayed").fetchone()
+    return Delayed(
+        events=events, first=first, overdue=first is not None and records.now() > first + int(HELD_SECONDS * 1e6)
+    )
+
+
 def outbox(records: Records) -> OutboxStatus:
     return records.read(lambda look: status_of(records, look))
 

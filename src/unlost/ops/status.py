@@ -11,11 +11,12 @@ from unlost.brokers.port import Log, Place
 from unlost.errors import Unavailable
 from unlost.events.topic import TopicInfo, Unit
 from unlost.ops.connect import Looking, log_of
-from unlost.ops.outbox import OutboxStatus, status_of
+from unlost.ops.outbox import Delayed, OutboxStatus, delayed_of, status_of
 from unlost.sqlite.file import File
 from unlost.store.port import Look, Process, Records
 from unlost.store.progress import Runs
 from unlost.store.records import FileRecords
+from unlost.store.services import decode
 
 
 class ProcessStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +59,8 @@ class ServiceStatus(msgspec.Struct, kw_only=True):
     oldest: int | None = None  # when the oldest event without an outcome was recorded
     next_retry: int | None = None
     requested: int = 0  # operators' requests that nobody has carried out yet
+    hold: str | None = None  # paused or retired by an operator: since when, by whom and why, in words
+    retired: bool = False
     todo: list[str] = msgspec.field(default_factory=list)
     units: list[UnitStatus] = msgspec.field(default_factory=list)
 
@@ -90,6 +93,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     topics: Sequence[TopicStatus]
     broker: str = ""
     outbox: OutboxStatus | None = None
+    delayed: Delayed
     unreachable: str | None = None
     elsewhere: Sequence[str] = ()  # services of the broker whose progress is in another store
     lost: Sequence[str] = ()  # what the broker knows to be gone from this one
@@ -144,7 +148,7 @@ def _status(
         s.todo = _advice(s)
     return Status(
         path=place, bytes=found.bytes, services=found.services, topics=topics, broker=broker or place,
-        outbox=found.outbox if broker else None, unreachable=None if unreachable is None else str(unreachable),
+        outbox=found.outbox if broker else None, delayed=found.delayed, unreachable=None if unreachable is None else str(unreachable),
     )  # fmt: skip
 
 
@@ -187,15 +191,20 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
     services: list[ServiceStatus]
     readers: Mapping[str, Sequence[str]]
     outbox: OutboxStatus
+    delayed: Delayed
     bytes: int
 
 
 def _services(records: Records, look: Look) -> _Found:
     """From one snapshot; each table is read once. Of processes only those that have taken a partition are known here."""
-    services = {
-        name: ServiceStatus(name=name, on_dead=str(msgspec.json.decode(policy).get("on_dead", "park")))
-        for name, policy in look.execute("select name, policy from unlost_service order by name")
-    }
+    services = dict[str, ServiceStatus]()
+    for name, policy, text in look.execute("select name, policy, hold from unlost_service order by name"):
+        hold = decode(text)
+        if hold is None or hold.state != "renamed":
+            on_dead = str(msgspec.json.decode(policy).get("on_dead", "park"))
+            services[name] = ServiceStatus(name=name, on_dead=on_dead)
+            if hold is not None:
+                services[name].hold, services[name].retired = hold.said, hold.state == "retired"
     processes = records.processes(look)
     owners: dict[str, Counter[str]] = defaultdict(Counter)
     for name, topic, partition, owner, position, fated in look.execute(
@@ -232,6 +241,7 @@ def _services(records: Records, look: Look) -> _Found:
         services=list(services.values()),
         readers=_readers(look),
         outbox=status_of(records, look),
+        delayed=delayed_of(records, look),
         bytes=records.size(look),
     )
 
@@ -266,6 +276,8 @@ def _add_log(services: Collection[ServiceStatus], infos: Sequence[TopicInfo], lo
     ranges = {t.name: t.ranges for t in infos}
     first: dict[Place, set[int]] = {}
     for s in services:
+        if s.retired:  # what comes is not for it
+            continue
         for n, u in enumerate(s.units):
             known = ranges.get(u.topic, ())
             end = known[u.partition][1] if u.partition < len(known) else u.highest_seen
@@ -309,14 +321,14 @@ def _take_part(file: File, services: Sequence[ServiceStatus]) -> None:
 
 def _advice(s: ServiceStatus) -> list[str]:
     """What to do next, the most urgent first."""
-    lines = []
+    lines = [] if s.hold is None else [f"{s.hold} (unlost service resume {s.name})"]
     lines += [
         f"process {p.pid} gives no sign of life: is it stopped, or is its event loop blocked?"
         for p in s.processes
         if p.hung
     ]
     todo = s.waiting + s.in_flight + s.retrying + s.requested + (0 if s.dead else s.parked)
-    if not s.alive and (todo or s.next_retry is not None):
+    if not s.alive and not s.retired and (todo or s.next_retry is not None):
         lines.append(f"nobody runs it: unlost run --service {s.name}")
     if s.dead:
         behind = f" ({s.parked} more wait behind them)" if s.parked else ""

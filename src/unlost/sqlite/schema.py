@@ -179,6 +179,19 @@ create table unlost_follower (
     4: """
 -- those of `fated` that a handler has in hand which gets its events at most once: runs, see store/progress.py
 alter table unlost_progress add column begun blob not null default x'';
+alter table unlost_service add column hold text;  -- JSON: paused, retired or renamed by an operator; null: it may work
+
+-- events and commands that are to leave later, see store/delayed.py
+create table unlost_delayed (
+    number integer primary key autoincrement,
+    due integer not null,                   -- microseconds since 1970
+    by_clock integer not null,              -- 1: a time on the wall was named; 0: a span
+    source text not null, id text not null,
+    topic text not null, key blob, head blob not null, data blob, added integer not null,
+    unique (source, id)
+);
+create index unlost_delayed_due on unlost_delayed (by_clock, due);
 """,
 }
 TABLES = BASE + "".join(LATER.values())
+RETIRED = "select name from unlost_service where json_extract(hold, '$.state') = 'retired'"  # they hold nothing back

@@ -108,6 +108,7 @@ class OwnSqlite:
         self._looked = True
 
     def put(self, envelopes: Sequence[Envelope]) -> Steps[None]:
+        _check_not_delayed(envelopes)
         yield from _make_ready()
         now = REAL.now()
         for e in envelopes:
@@ -312,3 +313,12 @@ class OwnSqliteOutbox:
 
     async def close(self) -> None:
         self._connection.close()
+
+
+def _check_not_delayed(envelopes: Sequence[Envelope]) -> None:
+    if any(e.due is not None for e in envelopes):
+        raise UsageError(
+            "UL1284", "an outbox in a SQLite file of your own lacks the ability to delay events", found=f"{envelopes[0].type}",
+            fix="use `await app.publish(…, delay=…)` or ctx.publish in a handler without a session; or keep your data in the "
+            "store's database",
+        )  # fmt: skip

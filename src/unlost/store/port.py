@@ -20,6 +20,7 @@ from unlost.errors import UnlostError
 from unlost.events import Envelope
 from unlost.events.topic import Arrival, Gap, TopicInfo, Unit
 from unlost.store.progress import Runs
+from unlost.world import rfc3339
 
 T = TypeVar("T")
 
@@ -71,10 +72,16 @@ class Known(NamedTuple):
     place: tuple[str, int, int] | None = None  # topic, partition, position
 
 
-State = Literal["done", "skipped", "dead", "retrying", "parked", "attempted", "begun", "abandoned"]
+State = Literal["done", "skipped", "dead", "retrying", "parked", "attempted", "begun", "abandoned", "removed"]
 
 
-LISTED: tuple[State, ...] = ("dead", "retrying", "parked", "abandoned")  # one by one in the ledger; others are counted
+LISTED: tuple[State, ...] = (
+    "dead",
+    "retrying",
+    "parked",
+    "abandoned",
+    "removed",
+)  # one by one in the ledger; others are counted
 
 
 class Outcome(msgspec.Struct, kw_only=True):
@@ -160,6 +167,26 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True):
     arrival: Arrival
     due: int | None
     attempts: Sequence[Attempt]
+
+
+class Hold(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator's word that a service does not work. `since` in microseconds since 1970."""
+
+    state: Literal["paused", "retired", "renamed"]
+    since: int
+    operator: str
+    reason: str = ""
+    to: str = ""  # its new name
+
+    @property
+    def said(self) -> str:
+        """
+        >>> Hold(state="paused", since=0, operator="ada", reason="card service is away").said
+        'paused since 1970-01-01T00:00:00Z by ada: card service is away'
+        """
+        to = f" to {self.to}" if self.to else ""
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.state}{to} since {rfc3339(self.since)[:19]}Z by {self.operator}{why}"
 
 
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,17 +342,35 @@ class Store(Protocol):
 
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         """Pins a service's start positions on topics it sees for the first time, and checks that the other
-        releases of the service agree on what must agree (topics' partitions, on_dead).
+        releases of the service agree on what must agree (topics' partitions, on_dead). Of a service that an operator has
+        ended it writes nothing: an App may have it in its code, as long as it does not run it.
 
         Raises:
             UsageError: they do not agree, or a topic is not the one that the saved positions belong to.
         """
 
     async def take(self, units: Sequence[Unit]) -> Sequence[Taken]:
-        """Makes this process the only one who can settle these units: every older epoch is fenced from now on."""
+        """Makes this process the only one who can settle these units: every older epoch is fenced from now on.
+
+        Raises:
+            UsageError: an operator has retired or renamed the service.
+        """
 
     async def give(self, units: Sequence[tuple[Unit, int]]) -> None:
         """Says that these units (with their epochs) were left cleanly."""
+
+    async def delay(self, envelopes: Sequence[Envelope]) -> None:
+        """Keeps events until they are due; returns when that is durable. The same id of a source twice is one."""
+
+    async def cancel(self, id: str, source: str) -> bool:
+        """Takes one of them out, and writes that down; False: it is not there (any more)."""
+
+    async def next_due(self) -> int | None:
+        """When the first of them is due: microseconds, on the world's steady clock."""
+
+    async def release(self) -> int:
+        """Publishes those that are due, the earliest first, in the commit that takes them out; returns how many. Zero also
+        if another process is just doing it."""
 
     async def settle(self, settlements: Sequence[Settlement]) -> Sequence[Unit]:
         """Makes outcomes durable in one commit. Returns the units that were fenced: nothing of theirs was written."""
@@ -352,6 +397,9 @@ class Store(Protocol):
 
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         """Waiting events of a key in order, or the keyless one at `position`."""
+
+    async def held(self, service: str) -> Hold | None:
+        """Whether an operator has said that this service is not to work."""
 
     async def requests(self, service: str) -> Sequence[Request]:
         """What operators want of this service's shelf."""

@@ -25,7 +25,7 @@ from unlost.sqlite.file import File
 from unlost.sqlite.process import ProcessFile, Remains, examine, service_hash
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
 from unlost.sqlite.transaction import Transaction
-from unlost.store import port, queues, shelf
+from unlost.store import delayed, port, queues, services, shelf
 from unlost.store.outbox import SqliteCopies, SqliteOutbox, put_raw
 from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
@@ -121,10 +121,13 @@ class SqliteStore:
             _check_broker(tx, self._elsewhere)
             if tx.one("select 1 from unlost_follower where service = ? limit 1", (service,)) is not None:
                 raise _progress_elsewhere(service, "in another store")
+            if run(services.ended(service), tx.rows):
+                return
             run(queues.claim(service, policy.get("queues", ())), tx.rows)
             row = tx.one("select policy from unlost_service where name = ?", (service,))
             if row is None:
-                tx.execute("insert into unlost_service values (?, ?, ?)", (service, text, tx.world.now()))
+                sql = "insert into unlost_service (name, policy, created) values (?, ?, ?)"
+                tx.execute(sql, (service, text, tx.world.now()))
             elif row[0] != text:
                 _check_policy(tx, self.file.run_folder, service, _json.decode(row[0]), policy)
                 tx.execute("update unlost_service set policy = ? where name = ?", (text, service))
@@ -145,6 +148,7 @@ class SqliteStore:
             return remains[process]
 
         def work(tx: Transaction) -> list[Taken]:
+            run(services.admit({unit.service for unit in units}), tx.rows)
             return [_take(tx, unit, owner, look) for unit in units]
 
         return await self.file.write(work)
@@ -159,6 +163,28 @@ class SqliteStore:
                 )
 
         await self.file.write(work)
+
+    # --- later -------------------------------------------------------------------------------------------
+
+    async def delay(self, envelopes: Sequence[Envelope]) -> None:
+        await self.file.write(lambda tx: run(delayed.put(envelopes, tx.world.now()), tx.rows))
+
+    async def cancel(self, id: str, source: str) -> bool:
+        return await self.file.write(lambda tx: run(delayed.cancel(id, source, tx.world.now()), tx.rows))
+
+    async def next_due(self) -> int | None:
+        world = self.file.world
+        steps = delayed.next_due(world.steady(), world.now())
+        return self.file.read(lambda c: run(steps, lambda sql, b: c.execute(sql, b).fetchall()))
+
+    async def release(self) -> int:
+        def work(tx: Transaction) -> int:
+            found = run(delayed.take_due(tx.world.steady(), tx.world.now()), tx.rows)
+            if found:
+                self._publish(tx, found)
+            return len(found)
+
+        return await self.file.write(work)
 
     # --- settling ----------------------------------------------------------------------------------------
 
@@ -215,7 +241,7 @@ class SqliteStore:
         if o.inbox is not None and not _enter_inbox(tx, unit.service, o.inbox):
             _as_repeated(tx, unit.service, o, o.inbox)
         if o.publishes:
-            self._publish(tx, o.publishes)
+            self._publish_or_delay(tx, o.publishes)
         if o.state == "dead":
             _shelve(tx, unit, o)
             copy = self._mirror(unit, o) if self._mirror is not None else None
@@ -257,6 +283,13 @@ class SqliteStore:
                     tx.world.now(),
                 ),
             )
+
+    def _publish_or_delay(self, tx: Transaction, envelopes: Sequence[Envelope]) -> None:
+        now = [e for e in envelopes if e.due is None]
+        if now:
+            self._publish(tx, now)
+        if len(now) < len(envelopes):
+            run(delayed.put([e for e in envelopes if e.due is not None], tx.world.now()), tx.rows)
 
     # --- a handler's transaction -------------------------------------------------------------------------
 
@@ -312,6 +345,9 @@ class SqliteStore:
             )
             for at, head, key, data, recorded, due, history in rows
         ]
+
+    async def held(self, service: str) -> port.Hold | None:
+        return self.file.read(lambda c: run(services.held(service), lambda sql, b: c.execute(sql, b).fetchall()))
 
     async def requests(self, service: str) -> Sequence[Request]:
         rows = self.file.read(

@@ -244,7 +244,7 @@ async def every_field_round_trips(c: BrokerCase) -> None:
     topic = await c.topic(broker)
     sent = full_envelope(topic)
     for field in msgspec.structs.fields(Envelope):
-        if not field.required:
+        if not field.required and field.name not in ("due", "by_clock"):  # these do not travel
             expect(getattr(sent, field.name) not in (field.default, {}), f"the scenario gives {field.name} a value")
     bare = envelope(topic, key=None, data=None, datacontenttype=None)
     receipts = await broker.publish([sent, bare])

@@ -41,7 +41,7 @@ Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 MINUTE = 60_000_000
 BLOCK_SECONDS = 10.0  # no block of a scenario ends by its deadline, but the one that is meant to
-ENDS: tuple[State, ...] = ("done", "skipped", "dead", "retrying", "parked")
+ENDS: tuple[State, ...] = ("done", "skipped", "dead", "retrying", "parked", "removed")
 ALL_STATES: tuple[State, ...] = (*ENDS, "attempted")
 
 
@@ -760,6 +760,44 @@ async def waiting_comes_to_an_end(c: StoreCase) -> None:
     for name in ("position", "fated", "digest"):
         same(after[name], before[name], f"{name}, when an event leaves the waiting room")
     same(list(Runs.decode(after["fated"])), [(0, 4)], "what is fated")
+
+
+@promise(STORE_SCENARIOS)
+async def delayed_until_due(c: StoreCase) -> None:
+    """What is delayed leaves when it is due, once, in the order of the due times, also if a handler delayed it, in its own
+    transaction or not; the same id twice is one; what was cancelled never leaves, and that is written down."""
+    rig, other = await c.open(), await c.open()
+    owner, topic = await c.owner(rig), c.name("topic")
+    now = REAL.steady()
+
+    def event(id: str, due: int, *, by_clock: bool = False) -> Envelope:
+        return msgspec.structs.replace(envelope(topic, id=f"{topic}-{id}"), due=due, by_clock=by_clock)
+
+    async def left() -> list[str]:
+        return [e.id.removeprefix(f"{topic}-") for e in await rig.published(topic)]
+
+    late, twice = event("late", now + 60 * MINUTE), event("twice", now - 2)
+    await rig.store.delay([late, twice, event("first", now - MINUTE, by_clock=True)])
+    await other.store.delay([event("twice", now + MINUTE)])
+    same(await left(), [], "what has left before it was released")
+    due = await other.store.next_due()
+    expect(due is not None and due < now, "the first is due")
+    same((await other.store.release(), await rig.store.release()), (2, 0), "how many were released")
+    same(await left(), ["first", "twice"], "what has left")
+    expect((await rig.store.next_due() or 0) > now, "the next one is due later")
+    same(await other.store.cancel(late.id, "another source"), False, "cancelling what another source has delayed")
+    same([await store.cancel(late.id, late.source) for store in (other.store, rig.store)], [True, False], "cancelling")
+    rows = [(r["action"], r["operator"]) for r in (await rig.tables())["operation"] if r["id"] == late.id]
+    same((rows, await rig.store.next_due()), ([("cancel", late.source)], None), "what is written down of it")
+    await owner.settle(
+        owner.outcome(0, "done", publishes=[event("by a handler", now - 1), envelope(topic, id=f"{topic}-now")])
+    )
+    block = begin(owner)
+    async with block:
+        await block.finish(owner.settlement(owner.outcome(1, "done", publishes=[event("in a block", now)])))
+    same(await left(), ["first", "twice", "now"], "what leaves with the outcome")
+    same((await rig.store.release(), await rig.store.release()), (2, 0), "how many were released")
+    same(await left(), ["first", "twice", "now", "by a handler", "in a block"], "what has left")
 
 
 @promise(STORE_SCENARIOS)

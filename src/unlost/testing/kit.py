@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +23,7 @@ from unlost.app import App
 from unlost.audit import Books
 from unlost.brokers.embedded.log import read_partition
 from unlost.brokers.port import Receipt
+from unlost.delivery.later import Releaser
 from unlost.delivery.service import Handler, Service
 from unlost.delivery.worker import CANCEL_AGAIN_SECONDS, Worker
 from unlost.errors import UsageError
@@ -83,6 +84,7 @@ async def running(
     try:
         async with app:
             t = Running(app, world, folder, patience)
+            releasing = asyncio.create_task(Releaser(app.store, world, poll_seconds=LOOK_SECONDS).run())
             grace = GRACE_SECONDS
             try:
                 await t.scale(1, *(s.name for s in app.chosen(services)))
@@ -92,6 +94,8 @@ async def running(
                 raise
             finally:
                 await t._leave(grace)
+                releasing.cancel()
+                await asyncio.gather(releasing, return_exceptions=True)
             t._check_alive()
             if check_books:
                 t.check_books()
@@ -129,15 +133,23 @@ class Running:
         id: str | None = None,
         occurred_at: datetime | None = None,
         headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
     ) -> Receipt:
         """The same as `app.publish`."""
-        return await self.app.publish(event, id=id, occurred_at=occurred_at, headers=headers)
+        return await self.app.publish(event, id=id, occurred_at=occurred_at, headers=headers, delay=delay, at=at)
 
     async def send(
-        self, command: Command, *, id: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        command: Command,
+        *,
+        id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
     ) -> Receipt:
         """The same as `app.send`."""
-        return await self.app.send(command, id=id, headers=headers)
+        return await self.app.send(command, id=id, headers=headers, delay=delay, at=at)
 
     async def publish_all(self, events: Sequence[Event]) -> Sequence[Receipt]:
         """The same as `app.publish_all`."""
@@ -191,7 +203,7 @@ class Running:
     async def settled(self, timeout: float = 10.0) -> None:
         """Goes on until everything is done that can be done without an operator.
 
-        Whenever only the clock could bring things forward, it is moved to the next due time. Dead letters, and what
+        Whenever only the clock could bring things forward, it is moved to the next due time, also of what is delayed. Dead letters, and what
         is parked behind them, may remain. `timeout` is in real seconds.
 
         Raises:
@@ -207,8 +219,9 @@ class Running:
             if not busy and state.finished:
                 return
             if not busy and state.caught_up(self._read_positions()):
-                due = self._next_due()
-                if due is not None:
+                later = await self.app.store.next_due()
+                due = min((d for d in (self._next_due(), later) if d is not None), default=None)
+                if due is not None and due > self.clock.steady():
                     self.clock.advance_to(due)
             mark = (state, self.clock.now(), self._signature())
             if mark != seen:
@@ -258,7 +271,8 @@ class Running:
         ).fetchall()
         requests = c.execute("select count(*) from unlost_shelf where request is not null").fetchone()[0]
         mine = tuple(row for row in waiting if row[0] in self._processes)
-        return _State(tuple(behind.items()), mine, requests)
+        delayed = c.execute("select count(*) from unlost_delayed").fetchone()[0]
+        return _State(tuple(behind.items()), mine, requests, delayed)
 
     def _workers(self) -> list[Worker]:
         return [p.worker for ps in self._processes.values() for p in ps if p.worker is not None]
@@ -433,10 +447,11 @@ class _State(NamedTuple):
     behind: tuple[tuple[Unit, tuple[int, int, int]], ...]  # unit -> partition number, position, end of the log
     waiting: tuple[tuple[Any, ...], ...]
     requests: int
+    delayed: int
 
     @property
     def finished(self) -> bool:
-        return not (self.behind or self.waiting or self.requests)
+        return not (self.behind or self.waiting or self.requests or self.delayed)
 
     def caught_up(self, read: dict[tuple[str, int], int | None]) -> bool:
         """Whether everything that the log holds is in somebody's hands."""

@@ -27,6 +27,7 @@ from unlost.store.port import (
     Block,
     CarriedOut,
     Hands,
+    Hold,
     Inbox,
     Known,
     Outcome,
@@ -330,6 +331,10 @@ class _MortalStore:
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         await self._process.alive()
         return await self._real.waiting(unit, key, position, limit)
+
+    async def held(self, service: str) -> Hold | None:
+        await self._process.alive()
+        return await self._real.held(service)
 
     async def requests(self, service: str) -> Sequence[Request]:
         await self._process.alive()

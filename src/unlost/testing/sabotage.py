@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import unlost.delivery.worker as worker_module
+import unlost.store.delayed as delayed
 import unlost.store.shelf as shelf_module
 import unlost.store.sqlite as store_module
 from unlost.brokers.embedded.broker import EmbeddedBroker
@@ -23,7 +24,7 @@ from unlost.delivery.fate import Done, Fate, HandlerTimeout, Reject, Skip
 from unlost.delivery.lanes import Delivery, Lane, Owned
 from unlost.delivery.worker import Worker
 from unlost.errors import Undecodable, UsageError
-from unlost.events import Envelope
+from unlost.events import Envelope, decode_head
 from unlost.events.topic import TopicInfo, Unit
 from unlost.sqlite.file import File, _Operation
 from unlost.sqlite.transaction import Transaction
@@ -42,6 +43,7 @@ class Bug:
     breaks: str
     apply: Callable[[], None]
     only_embedded: str = ""  # why it makes no sense with a broker of its own log
+    not_in_shop: str = ""  # why the demo would not show it
 
 
 BUGS: dict[str, Bug] = {}
@@ -61,9 +63,11 @@ def from_environment() -> None:
     BUGS[name].apply()
 
 
-def _bug(name: str, breaks: str, only_embedded: str = "") -> Callable[[Callable[[], None]], Callable[[], None]]:
+def _bug(
+    name: str, breaks: str, only_embedded: str = "", not_in_shop: str = ""
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     def register(apply: Callable[[], None]) -> Callable[[], None]:
-        BUGS[name] = Bug(name, breaks, apply, only_embedded)
+        BUGS[name] = Bug(name, breaks, apply, only_embedded, not_in_shop)
         return apply
 
     return register
@@ -339,6 +343,71 @@ def _ack_before_commit() -> None:
         return [Receipt(id=e.id, topic=e.topic, partition=0, position=0, recorded=now) for e in envelopes]
 
     _replace(EmbeddedBroker, "publish", lambda _: publish)
+
+
+_ALL_COUNTS = "none of its handlers is at-most-once"
+_NOTHING_LATER = "nothing in it is delayed"
+
+
+@_bug(
+    "begins-when-handled",
+    "at most once: that a handler has an event becomes durable when it has handled it",
+    not_in_shop=_ALL_COUNTS,
+)
+def _begins_when_handled() -> None:
+    def end(self: Progress, positions: list[int], counted_as: str | None) -> None:
+        self.fated.add_many(list(positions))
+        self.position = self.fated.first_gap(self.position)
+        if counted_as is not None:
+            self.count(counted_as, len(positions))
+
+    _replace(Progress, "begin", lambda _: lambda self, positions, digest: None)
+    _replace(Progress, "end", lambda _: end)
+
+
+@_bug(
+    "cut-off-not-listed",
+    "at most once: what a dead process had begun is not listed as abandoned",
+    not_in_shop=_ALL_COUNTS,
+)
+def _cut_off_not_listed() -> None:
+    def make(original: Callable[[Progress], list[int]]) -> Any:
+        def abandon(self: Progress) -> list[int]:
+            original(self)
+            return []
+
+        return abandon
+
+    _replace(Progress, "abandon", make)
+
+
+# --- later -----------------------------------------------------------------------------------------------------
+
+
+@_bug("delayed-not-durable", "what a handler publishes with a delay is kept in no table", not_in_shop=_NOTHING_LATER)
+def _delayed_not_durable() -> None:
+    _replace(delayed, "put", lambda _: lambda envelopes, now: iter(()))
+
+
+@_bug("release-drops", "what is due is taken out of its table, and put nowhere", not_in_shop=_NOTHING_LATER)
+def _release_drops() -> None:
+    def make(original: Callable[[int, int], Any]) -> Any:
+        def take_due(steady: int, wall: int) -> Any:
+            yield from original(steady, wall)
+            return []
+
+        return take_due
+
+    _replace(delayed, "take_due", make)
+
+
+@_bug("released-again", "what was released stays in its table", not_in_shop=_NOTHING_LATER)
+def _released_again() -> None:
+    def take_due(steady: int, wall: int) -> Any:
+        rows = yield "select topic, key, head, data from unlost_delayed where due <= ? order by due", (steady,)
+        return [decode_head(head, topic=topic, key=key, data=data) for topic, key, head, data in rows]
+
+    _replace(delayed, "take_due", lambda _: take_due)
 
 
 @_bug("sync-normal", "SQLite runs with synchronous=NORMAL: a commit is not synced to the disk")

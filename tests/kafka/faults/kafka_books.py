@@ -143,7 +143,9 @@ def balance(store: Path, bootstrap: str, prefix: str, *, whole: bool = True) -> 
         for s, t, p, a, b in c.execute('select service, topic, partition, start, "end" from unlost_gap'):
             gaps.setdefault(Unit(s, t, p), []).append((a, b))
         unsent = c.execute("select count(*) from unlost_outbox").fetchone()[0]
+        later = c.execute("select count(*) from unlost_delayed").fetchone()[0]
     found = [f"{unsent} events are still in the outbox"] if unsent else []
+    found += [f"{later} events are still delayed"] if later else []
     places = sorted({(prefix + u.topic, u.partition) for u in rows})
     last = ends(bootstrap, places)
     for unit, row in rows.items():

@@ -428,6 +428,7 @@ NEEDS = {  # which services a contract is about, where its name does not say it
     "sink-book": {"ledger", "sink"},
     "carrier": {"ledger", "carrier"},
     "press": {"thread", "press"},
+    "sink-recall": {"strict", "sink"},
 }
 CUTS = ("Produce", "Fetch", "OffsetCommit", "JoinGroup", "SyncGroup", "Heartbeat", "OffsetFetch", "FindCoordinator",
         "Metadata", "InitProducerId", "ListOffsets", "LeaveGroup")  # fmt: skip

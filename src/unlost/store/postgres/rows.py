@@ -34,7 +34,7 @@ from unlost.store.postgres.schema import SHARDS
 from unlost.store.progress import Progress, Runs
 from unlost.store.session_blocks import handled_meanwhile
 from unlost.store.steps import Rows, Statement, Steps, one
-from unlost.world import rfc3339
+from unlost.world import REAL, rfc3339
 
 _json = msgspec.json
 _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
@@ -167,7 +167,10 @@ def put(envelopes: Sequence[Envelope], store_id: str = "") -> Steps[None]:
     Raises:
         UsageError: this database has another store, or none.
     """
-    rows = [_outbox_row(e) for e in envelopes]
+    rows = [_outbox_row(e) for e in envelopes if e.due is None]
+    later = [e for e in envelopes if e.due is not None]
+    if later:
+        yield from _put_later(later, store_id)
     if not rows:
         return
     columns: Sequence[Any] = rows[0] if len(rows) == 1 else [list(column) for column in zip(*rows, strict=True)]
@@ -176,10 +179,41 @@ def put(envelopes: Sequence[Envelope], store_id: str = "") -> Steps[None]:
         return
     written = yield _ONE_HERE if len(rows) == 1 else _MANY_HERE, (*columns, store_id)
     if len(written) != len(rows):
-        raise UsageError(
-            "UL1253", "this connection is not to the database that the relays look at", found="its outbox is that of another store",
-            fix="use a connection to the database of UNLOST_STORE; an App publishes through one outbox in PostgreSQL",
-        )  # fmt: skip
+        raise _another_store()
+
+
+def _another_store() -> UsageError:
+    return UsageError(
+        "UL1253", "this connection is not to the database that the relays look at", found="its outbox is that of another store",
+        fix="use a connection to the database of UNLOST_STORE; an App publishes through one outbox in PostgreSQL",
+    )  # fmt: skip
+
+
+_LATER = {
+    "due": "bigint", "by_clock": "integer", "source": "text", "id": "text", "topic": "text", "key": "bytea", "head": "bytea",
+    "data": "bytea", "added": "bigint",
+}  # fmt: skip
+_LATER_MANY = (
+    f"insert into unlost_delayed ({', '.join(_LATER)}) select u.* from "
+    f"unnest({', '.join(f'?::{kind}[]' for kind in _LATER.values())}) as u({', '.join(_LATER)})"
+)
+
+
+def _later_columns(envelopes: Sequence[Envelope]) -> list[list[Any]]:
+    for e in envelopes:
+        _outbox_row(e)  # where it goes then: what cannot be put there is refused now
+    now = REAL.now()
+    rows = [(e.due, int(e.by_clock), e.source, e.id, e.topic, e.key, encode_head(e), e.data, now) for e in envelopes]
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _put_later(envelopes: Sequence[Envelope], store_id: str) -> Steps[None]:
+    """Those that are to leave later. The same id of the same source twice is one: the first counts."""
+    if store_id:
+        here = yield from one("select 1 from unlost_meta where name = 'store_id' and value = ?", (store_id,))
+        if here is None:
+            raise _another_store()
+    yield f"{_LATER_MANY} on conflict do nothing", _later_columns(envelopes)
 
 
 def shard_of(topic: str, key: bytes | None, id: str) -> int:
@@ -619,7 +653,11 @@ def _ending(settlement: Settlement) -> tuple[str, str, list[Any]]:
         mark = o.inbox
         parts.append(_MARK)
         bindings += (mark.content, o.arrival.position, unit.service, source_text(mark.source), id_bytes(mark.id))
-    events = [_outbox_row(e) for e in o.publishes]
+    events = [_outbox_row(e) for e in o.publishes if e.due is None]
+    later = [e for e in o.publishes if e.due is not None]
+    if later:
+        parts.append(f"later as ({_LATER_MANY}, owned on conflict do nothing)")
+        bindings += _later_columns(later)
     if len(events) == 1:
         parts.append(_EVENT)
         bindings += events[0]

@@ -188,16 +188,28 @@ LATER = {
     2: """
 -- those of `fated` that a handler has in hand which gets its events at most once: runs, see store/progress.py
 alter table {s}.unlost_progress add column begun bytea not null default '';
+alter table {s}.unlost_service add column hold text;  -- JSON: paused, retired or renamed by an operator; null: it may work
+
+-- events and commands that are to leave later, see store/delayed.py
+create table {s}.unlost_delayed (
+    number bigint generated always as identity primary key,
+    due bigint not null,                      -- microseconds since 1970
+    by_clock integer not null,                -- 1: a time on the wall was named; 0: a span
+    source text not null, id text not null,
+    topic text not null, key bytea, head bytea not null, data bytea, added bigint not null,
+    unique (source, id)
+);
+create index unlost_delayed_due on {s}.unlost_delayed (by_clock, due);
 """,
 }
 
 TABLES = (
     "meta", "process", "service", "progress", "epoch", "inbox", "ledger", "waiting", "shelf", "operation", "gap", "outbox",
-    "outbox_status", "relay", "copy",
+    "outbox_status", "relay", "copy", "delayed",
 )  # fmt: skip
 # What a service's role needs besides the tables of its own. A role that only publishes needs PUBLISHES.
 RIGHTS = ("select", "insert", "update", "delete")
-PUBLISHES = {"meta": "select", "outbox": "insert", "relay": "select", "process": "select"}
+PUBLISHES = {"meta": "select", "outbox": "insert", "delayed": "insert", "relay": "select", "process": "select"}
 
 GRANTS = """
 -- rights of the role that services log in as; it needs no right to create anything
@@ -206,7 +218,7 @@ grant select, insert, update, delete on all tables in schema {s} to {role};
 -- a role that only publishes (a web process with app.outbox) needs less:
 --   grant usage on schema {s} to {role};
 --   grant select on {s}.unlost_meta, {s}.unlost_relay, {s}.unlost_process, {s}.unlost_outbox to {role};
---   grant insert on {s}.unlost_outbox to {role};
+--   grant insert on {s}.unlost_outbox, {s}.unlost_delayed to {role};
 """
 
 

@@ -20,13 +20,15 @@ import msgspec
 import psycopg
 
 from unlost.errors import OutcomeUnknown, Unavailable, UnlostError, UsageError
+from unlost.events import Envelope
 from unlost.events.topic import TopicInfo, Unit
-from unlost.store import queues, shelf
+from unlost.store import delayed, queues, services, shelf
 from unlost.store.own_sqlite import own_rules
 from unlost.store.port import (
     Block,
     CarriedOut,
     Hands,
+    Hold,
     Inbox,
     Known,
     Mirrored,
@@ -65,6 +67,7 @@ HEARTBEAT_SECONDS = 2.0
 DEATH_SECONDS = 3.0  # after `kill -9` the server may take so long to notice
 LOOK_AGAIN_SECONDS = 0.1
 FORGET_SECONDS = 86_400  # the row of a process that lives no more
+_LATER_TOKEN = -1  # … and while what is due is released
 _TOKEN = 0  # of the advisory locks: taken while a service registers
 
 
@@ -213,10 +216,14 @@ class PostgresStore:
 
         def steps() -> Steps[None]:
             yield "select pg_advisory_xact_lock(?, ?)", (self.settings.lock_class, _TOKEN)
+            ended = yield from services.ended(service)
+            if ended:
+                return
             yield from queues.claim(service, policy.get("queues", ()))
             row = yield from one("select policy from unlost_service where name = ?", (service,))
             if row is None:
-                yield "insert into unlost_service values (?, ?, ?)", (service, text, self.world.now())
+                sql = "insert into unlost_service (name, policy, created) values (?, ?, ?)"
+                yield sql, (service, text, self.world.now())
             elif row[0] != text:
                 yield from self._check_policy(service, _json.decode(row[0]), policy)
                 yield "update unlost_service set policy = ? where name = ?", (text, service)
@@ -256,8 +263,11 @@ class PostgresStore:
         def steps() -> Steps[list[Taken]]:
             living = yield from self._living()
             found = {}
+            chosen = {unit.service for unit in units}
+            yield from services.admit(chosen)
             for unit in sorted(units):
                 found[unit] = yield from rows.take(unit, self.process_id, os.getpid(), living, self.world.now())
+            yield from services.admit(chosen)  # whoever has ended it meanwhile had locked these rows
             return [found[unit] for unit in units]
 
         return await self.client.commit(steps)
@@ -273,6 +283,31 @@ class PostgresStore:
         for unit, _ in units:
             self._read.pop(unit, None)
         await self.client.commit(steps)
+
+    # --- later -------------------------------------------------------------------------------------------
+
+    async def delay(self, envelopes: Sequence[Envelope]) -> None:
+        await self.client.commit(lambda: rows.put(envelopes))
+
+    async def cancel(self, id: str, source: str) -> bool:
+        return await self.client.commit(lambda: delayed.cancel(id, source, self.world.now()))
+
+    async def next_due(self) -> int | None:
+        return await self.client.read(delayed.next_due(self.world.steady(), self.world.now()))
+
+    async def release(self) -> int:
+        def steps() -> Steps[int]:
+            (mine,) = yield from one("select pg_try_advisory_xact_lock(?, ?)", (self.settings.lock_class, _LATER_TOKEN))
+            found = []
+            if mine:  # one at a time, or later ones could be put before earlier ones
+                found = yield from delayed.take_due(self.world.steady(), self.world.now())
+                yield from rows.put(found)
+            return len(found)
+
+        released = await self.client.commit(steps)
+        if released:
+            self.wake()
+        return released
 
     # --- settling ----------------------------------------------------------------------------------------
 
@@ -358,6 +393,9 @@ class PostgresStore:
 
     async def waiting(self, unit: Unit, key: bytes | None, position: int | None, limit: int) -> Sequence[Waiting]:
         return await self.client.read(rows.waiting(unit, key, position, limit))
+
+    async def held(self, service: str) -> Hold | None:
+        return await self.client.read(services.held(service))
 
     async def requests(self, service: str) -> Sequence[Request]:
         def steps() -> Steps[list[Request]]:

@@ -1,0 +1,96 @@
+"""With the store in PostgreSQL: what leaves later, and handlers that get their events at most once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from outbox_kit import Work, until
+
+from unlost import App, Command, Context, Event, Service
+from unlost.store.postgres import migrate
+from unlost.store.postgres.settings import parse
+
+
+class Placed(Event, key="order_id", topic="order"):
+    order_id: str
+
+
+class Remind(Command, queue="reminders", key="order_id"):
+    order_id: str
+
+
+class Pinged(Event, key="host", topic="ping"):
+    host: str
+    n: int
+
+
+def one(url: str, sql: str) -> Any:
+    with psycopg.connect(url) as connection:
+        row = connection.execute(sql).fetchone()
+    assert row is not None
+    return row[0]
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+def test_what_leaves_later(database: str, tmp_path: Path, in_transaction: bool) -> None:
+    migrate.migrate(parse(database))
+    service, seen = Service("shop", guarantee="effectively-once"), list[str]()
+
+    @service.on(Placed)
+    async def place(e: Placed, ctx: Context) -> None:
+        if in_transaction:
+            async with ctx.transaction() as db:
+                await db.execute("select 1")
+                ctx.send(Remind(order_id=e.order_id), delay=0.2)
+        else:
+            ctx.send(Remind(order_id=e.order_id), delay=0.2)
+
+    @service.on(Remind)
+    async def remind(c: Remind) -> None:
+        seen.append(c.order_id)
+
+    url = f"embedded://{tmp_path / 'events.db'}"
+    app = App(service, broker=url, store=database)
+    web = App(broker=url, store=database, name="web")
+    with Work(app):
+        with psycopg.connect(database) as connection:
+            with connection.transaction(), web.outbox(connection) as outbox:
+                outbox.publish(Placed(order_id="a"))
+                outbox.publish(Placed(order_id="b"), delay=0.3)
+                taken_back = outbox.publish(Placed(order_id="c"), delay=3600, id="place-c")
+            with pytest.raises(RuntimeError), connection.transaction(), web.outbox(connection) as outbox:
+                outbox.publish(Placed(order_id="d"), delay=0.1)
+                raise RuntimeError("rolled back")
+        assert taken_back == "place-c" and web.cancel_sync("place-c") and not web.cancel_sync("place-c")
+        until(lambda: sorted(seen) == ["a", "b"], "both reminders")
+        until(lambda: one(database, "select count(*) from unlost.unlost_outbox") == 0, "the outbox is empty")
+    assert one(database, "select count(*) from unlost.unlost_delayed") == 0
+    assert one(database, "select count(*) from unlost.unlost_operation where action = 'cancel'") == 1
+
+
+def test_at_most_once(database: str, tmp_path: Path) -> None:
+    migrate.migrate(parse(database))
+    service, seen = Service("map", guarantee="at-most-once"), list[int]()
+
+    @service.on(Pinged)
+    async def draw(e: Pinged) -> None:
+        seen.append(e.n)
+        if e.n == 7:
+            raise ConnectionError("away")
+
+    url = f"embedded://{tmp_path / 'events.db'}"
+    publisher = App(broker=url, store=database)
+    with Work(App(service, broker=url, store=database)):
+        for n in range(40):
+            publisher.publish_sync(Pinged(host=f"h{n % 5}", n=n))
+        until(lambda: one(database, "select sum(position) from unlost.unlost_progress") == 40, "all are begun")
+        until(lambda: one(database, "select sum(length(begun)) from unlost.unlost_progress") == 0, "all have ended")
+    assert sorted(seen) == list(range(40))
+    with psycopg.connect(database) as connection:
+        counts = connection.execute("select counts from unlost.unlost_progress where topic = 'ping'").fetchall()
+        listed = connection.execute("select state from unlost.unlost_ledger").fetchall()
+    assert sum(json.loads(text).get("done", 0) for (text,) in counts) == 39 and listed == [("abandoned",)]
