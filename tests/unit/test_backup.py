@@ -433,7 +433,7 @@ def test_while_somebody_has_it_open(path: Path, copy: Path) -> None:
     "change",
     [
         "update unlost_topic set created = created + 1", "delete from unlost_log where at = 49", "update unlost_commit set n = n + 1",
-        "update unlost_log set crc = 0 where at = 5", "insert into unlost_service values ('x', '{}', 0)",
+        "update unlost_log set crc = 0 where at = 5", "insert into unlost_service (name, policy, created) values ('x', '{}', 0)",
     ],
 )  # fmt: skip
 def test_a_backup_that_has_changed(path: Path, copy: Path, change: str) -> None:

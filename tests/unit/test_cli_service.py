@@ -108,7 +108,7 @@ def test_the_numbers_of_a_service_and_of_its_partitions(shell: Shell) -> None:
     found = check_numbers(shell)
     assert list(found) == [
         "schema", "broker", "store", "unreachable", "elsewhere", "name", "created", "last_sign", "running", "processes",
-        "on_dead", "topics", "queues", "partitions", "owned", "waiting", "in_flight", "retrying", "parked", "dead",
+        "on_dead", "topics", "queues", "hold", "partitions", "owned", "waiting", "in_flight", "retrying", "parked", "dead",
         "oldest", "next_retry", "todo", "units",
     ]  # fmt: skip
     assert found["schema"] == "unlost.service/1" and list(found["units"][0]) == UNIT

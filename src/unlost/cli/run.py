@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, TextIO
 
 from cyclopts import Parameter
@@ -17,6 +18,7 @@ from unlost.cli.options import BrokerUrl, JsonLines
 from unlost.cli.say import clean_lines, note, print_json, warn
 from unlost.errors import UsageError
 from unlost.ops.load import Loaded, load
+from unlost.ops.reload import Reloader, end_with_parent
 from unlost.world import REAL, rfc3339
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -42,6 +44,10 @@ def run(
         str | None,
         Parameter(name="--http", help="Port, or host:port, of the health checks. Else UNLOST_HTTP, none."),
     ] = None,
+    reload: Annotated[
+        bool,
+        Parameter(name="--reload", negative="", help="For development: start again when a Python file changes."),
+    ] = False,
     json: JsonLines = False,
 ) -> int:
     """Run the services of your App.
@@ -61,7 +67,11 @@ def run(
     - `unlost run hello` runs the App that hello.py makes.
     - `unlost run shop.main:app --service billing` runs one service of several.
     - `unlost run shop --http 8080 --log info,json` for those who watch over it.
+    - `unlost run shop --reload` while you work on it.
     """
+    if reload:
+        return _reloading(app, service, {"--broker": broker, "--log": log, "--http": http}, json)
+    end_with_parent()
     _log_to_stderr(log)
     loaded = load(app, broker=broker)
     for line in loaded.notes:
@@ -88,6 +98,18 @@ def _run(loaded: Loaded, services: list[str] | None, http: str | None) -> None:
     with Health(loaded.app, address(where, source)) as health:
         note(f"unlost: health on http://{health.address}/live and /ready")
         loaded.app.run(services)
+
+
+def _reloading(app: str | None, services: list[str] | None, options: dict[str, str | None], json: bool) -> int:
+    """The same command in a child, without `--reload`."""
+    command = [sys.executable, "-m", "unlost", "run", *([] if app is None else [app])]
+    command += [word for name in services or () for word in ("--service", name)]
+    command += [word for name, value in options.items() if value is not None for word in (name, value)]
+    folders = [Path.cwd()]
+    path = Path(app.partition(":")[0] if app else "").resolve().parent
+    if app and app.partition(":")[0].endswith(".py") and not path.is_relative_to(folders[0]):
+        folders.append(path)
+    return Reloader([*command, *(["--json"] if json else [])], folders, note).run()
 
 
 # --- what is logged ------------------------------------------------------------------------------------------

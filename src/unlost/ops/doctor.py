@@ -25,8 +25,9 @@ from unlost.ops.verify import Said, Verified, nothing, verify_file, verify_log, 
 from unlost.sqlite.backup import opened_anyway
 from unlost.sqlite.file import File
 from unlost.store import connect as stores
-from unlost.store.port import Look, Records
+from unlost.store.port import Hold, Look, Records
 from unlost.store.records import FileRecords
+from unlost.store.services import decode
 from unlost.world import REAL
 
 STUCK_SECONDS = 60.0  # an outbox that a process empties is empty sooner
@@ -127,6 +128,8 @@ def _embedded(looking: Looking, services: frozenset[str], app: App | None, verif
         findings += _read_through(lambda: _verify_file(read, verify), looking.name)
     if opens:
         records = _tables(looking, findings) if sound or not looking.postgres else None
+        if records is not None:
+            findings += _holds(records)
         if records is not None and looking.elsewhere:
             findings.append(_others(looking))
         if records is not None and looking.postgres:
@@ -202,7 +205,7 @@ def _elsewhere(looking: Looking, services: frozenset[str], app: App | None, veri
         ours, chosen = _ours(services, app, store)
         examination = doctor.examine(ours)
         if records is not None:  # once more: a service that runs has gone on, and the group must not seem to be ahead
-            findings += check_store(read_store(records), examination, REAL.now())
+            findings += [*check_store(read_store(records), examination, REAL.now()), *_holds(records)]
         if isinstance(records, FileRecords):
             findings += _look_into(records.file, before)
         if verify is not None:
@@ -359,14 +362,30 @@ def read_store(records: Records) -> StoreFacts:
             "select service, topic, partition, topic_id, start, position from unlost_progress"
         ).fetchall()
         outbox = status_of(records, look)
+        ended = {name for name, hold in _held(look).items() if hold.state == "retired"}
         return StoreFacts(
             path=records.place, id=records.id, broker=belongs_to(records), unsent=outbox.events + outbox.copies,
-            oldest=outbox.oldest, units={Unit(*row[:3]): Saved(*row[3:]) for row in rows}, relay=bool(outbox.relays),
+            oldest=outbox.oldest, units={Unit(*row[:3]): Saved(*row[3:]) for row in rows if row[0] not in ended}, relay=bool(outbox.relays),
             streams=outbox.streams, refused=outbox.refused, contradictions=list(contradictions(outbox)), numbered=bool(outbox.books),
             a_file=isinstance(records, FileRecords),
         )  # fmt: skip
 
     return records.read(work)
+
+
+def _held(look: Look) -> dict[str, Hold]:
+    rows = look.execute("select name, hold from unlost_service where hold is not null order by name")
+    return {name: hold for name, text in rows if (hold := decode(text)) is not None}
+
+
+def _holds(records: Records) -> Iterator[Finding]:
+    """Services that do nothing because an operator has said so."""
+    for name, hold in records.read(_held).items():
+        if hold.state != "renamed":
+            yield Finding(
+                severity="note", code="UL4304", what=f"the service {name} is {hold.state}: its handlers get nothing", evidence=hold.said,
+                fix=f"unlost service resume {name}, when it is to work again",
+            )  # fmt: skip
 
 
 class Words(NamedTuple):

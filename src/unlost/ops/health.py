@@ -25,7 +25,7 @@ from unlost.errors import UnlostError, UsageError
 from unlost.ops.outbox import OutboxStatus, status_of
 from unlost.store.connect import is_postgres
 from unlost.store.connect import records as records_at
-from unlost.store.port import Look, Records
+from unlost.store.port import Hold, Look, Records
 from unlost.store.records import FileRecords
 from unlost.world import REAL
 
@@ -271,6 +271,7 @@ class _State(NamedTuple):
     topics: frozenset[str]
     owned: int  # partitions
     wrong: str  # why it is not at work; empty: it is
+    hold: Hold | None  # an operator has paused it: it is as it should be, and does nothing
 
 
 class _Checks:
@@ -335,7 +336,9 @@ class _Checks:
     async def _states(self) -> dict[str, _State]:
         """Runs in the event loop of the services."""
         return {
-            worker.service.name: _State(frozenset(worker.service.topics), len(worker.owned), worker.trouble())
+            worker.service.name: _State(
+                frozenset(worker.service.topics), len(worker.owned), worker.trouble(), worker.hold
+            )
             for worker in self._app.workers
         }
 
@@ -406,6 +409,8 @@ def _service(name: str, state: _State, free: int | str) -> Check:
     name = f"service {name}"
     if state.wrong:
         return Check(name=name, ok=False, said=state.wrong)
+    if state.hold is not None:
+        return Check(name=name, ok=True, said=state.hold.said)
     if state.owned:
         return Check(name=name, ok=True, said=f"it has {state.owned} partitions")
     if isinstance(free, str):

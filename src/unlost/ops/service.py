@@ -17,6 +17,8 @@ from unlost.ops.status import ServiceStatus, Status
 from unlost.ops.status import look as look_at
 from unlost.store.port import Look, Process
 from unlost.store.progress import Runs
+from unlost.store.services import held, refused
+from unlost.store.steps import run
 
 _STATES = ("retrying", "parked", "dead")
 
@@ -98,22 +100,29 @@ def service(looking: Looking, name: str) -> tuple[ServiceView, Status]:
     """One of them.
 
     Raises:
-        UsageError: no service of this name has registered with this store.
+        UsageError: no service of this name has registered with this store, or it has another name now.
     """
     found = services(looking)
     for view in found.services:
         if view.status.name == name:
             return view, found.status
-    there = ", ".join(v.status.name for v in found.services) or "none"
-    if name in found.status.elsewhere:
-        raise UsageError(
+    hold = looking.records.read(lambda look: run(held(name), lambda sql, b: look.execute(sql, b).fetchall()))
+    if hold is not None:
+        raise refused(name, hold)
+    raise unknown(name, [v.status.name for v in found.services], found.status.elsewhere)
+
+
+def unknown(name: str, known: Sequence[str], elsewhere: Sequence[str]) -> UsageError:
+    """Of a name that no service of this store has; `elsewhere` are those of the broker that another store has."""
+    there = ", ".join(known) or "none"
+    if name in elsewhere:
+        return UsageError(
             "UL1441", f"the progress of the service {name!r} is kept in another store", found=f"this one has {there}",
             fix="UNLOST_STORE=postgresql://…: the URL that the service uses",
         )  # fmt: skip
-    raise UsageError(
-        "UL1440", f"no service {name!r} has run with this store", found=f"it has {there}",
-        fix="unlost service list",
-    )  # fmt: skip
+    return UsageError(
+        "UL1440", f"no service {name!r} has run with this store", found=f"it has {there}", fix="unlost service list"
+    )
 
 
 def _units(s: ServiceStatus) -> list[Unit]:

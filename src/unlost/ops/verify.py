@@ -15,7 +15,7 @@ import msgspec
 from unlost.brokers.port import Log
 from unlost.errors import Damaged, UnlostError
 from unlost.events import decode_head, event_hash
-from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
+from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX, RETIRED
 from unlost.sqlite.transaction import LogRow
 from unlost.store.port import Look
 from unlost.store.progress import Runs
@@ -314,6 +314,7 @@ def _check_front(reading: _Reading, look: Look, topic: _Topic, partition: int, f
         f"{service} is at {position}"
         for service, position in look.execute(
             "select service, position from unlost_progress where topic = ?1 and partition = ?2 and position < ?3 "
+            f"and service not in ({RETIRED}) "
             "union all select service, position from unlost_waiting where topic = ?1 and partition = ?2 and position < ?3 "
             "union all select service, position from unlost_shelf where topic = ?1 and partition = ?2 and position < ?3 "
             "union all select service, position from unlost_follower where topic = ?1 and partition = ?2 and position < ?3 "

@@ -23,7 +23,7 @@ from unlost.sqlite import process
 from unlost.sqlite.backup import openers
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import NETWORK, SQLITE_MIN, beside, explained, file_system, persist_wal
-from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
+from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX, RETIRED
 from unlost.world import boot_id, rfc3339
 
 FREE_BYTES_MIN = 64 * 1024 * 1024
@@ -235,7 +235,7 @@ def _held(c: apsw.Connection, topic: str, partition: int, low: int, end: int, re
     """What each service needs first of a partition, of what it has not done."""
     found = []
     for service, position, on_shelf in c.execute(
-        "select service, position, 0 from unlost_progress where topic = ?1 and partition = ?2 "
+        f"select service, position, 0 from unlost_progress where topic = ?1 and partition = ?2 and service not in ({RETIRED}) "
         "union all select service, position, 0 from unlost_follower where topic = ?1 and partition = ?2 "
         "union all select service, min(position), 1 from unlost_waiting where topic = ?1 and partition = ?2 group by service "
         "union all select service, min(position), 1 from unlost_shelf where topic = ?1 and partition = ?2 group by service",

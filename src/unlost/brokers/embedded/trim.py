@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from unlost.events import decode_head
 from unlost.sqlite.file import File
-from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
+from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX, RETIRED
 from unlost.sqlite.transaction import Transaction
 
 TRIM_ROWS_MAX = 500  # rows of one commit, so that nobody waits for it
@@ -76,6 +76,7 @@ def _finished(tx: Transaction, topic: str, partition: int) -> int:
     return int(
         tx.one(
             "select min(p) from (select position as p from unlost_progress where topic = ?1 and partition = ?2 "
+            f"and service not in ({RETIRED}) "
             "union all select position from unlost_follower where topic = ?1 and partition = ?2 "
             "union all select position from unlost_waiting where topic = ?1 and partition = ?2 "
             "union all select position from unlost_shelf where topic = ?1 and partition = ?2 "
