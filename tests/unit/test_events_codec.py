@@ -22,12 +22,16 @@ from unlost.events import (
     Event,
     decode_head,
     encode_head,
+    event_hash,
     from_headers,
     from_json,
+    peek_head,
     seal,
     to_headers,
     to_json,
 )
+from unlost.events.topic import Arrival
+from unlost.world import rfc3339
 
 NOW = 1_795_443_060_123_456
 
@@ -86,6 +90,30 @@ def envelopes(draw: st.DrawFn) -> Envelope:
 def test_a_head_comes_back(e: Envelope) -> None:
     head = encode_head(e)
     assert decode_head(head, topic=e.topic, key=e.key, data=e.data, recordedtime=e.recordedtime) == e
+
+
+@given(
+    envelopes().map(encode_head) | st.binary(max_size=60),
+    st.none() | st.tuples(st.integers(0, 300), st.binary(min_size=1, max_size=3)),
+)
+def test_what_is_looked_over_is_what_is_read(head: bytes, harm: tuple[int, bytes] | None) -> None:
+    """A row that `peek_head` vouches for is an event, the very one that `decode_head` makes of it."""
+    if harm is not None:
+        at = harm[0] % (len(head) + 1)
+        head = head[:at] + harm[1] + head[at + len(harm[1]) :]
+    peeked = peek_head(head)
+    if peeked is None:
+        return
+    e = decode_head(head, topic="t", key=None, data=None)
+    simple = e.eventversion == 1 and e.datacontenttype == "application/json"
+    assert peeked == (e.type, event_hash(e.source, e.id), simple)
+    lazy = Arrival(0, None, 0, head, None, None, "", "", "t", *peeked)
+    assert lazy.envelope == msgspec.structs.replace(e, recordedtime=rfc3339(0))
+
+
+def test_an_ordinary_row_is_looked_over() -> None:
+    head = encode_head(seal(OrderCreated(order_id="a", total_cents=1), source="web", now=NOW))
+    assert peek_head(head) is not None and peek_head(head.replace(b"2026-", b"2O26-")) is None
     assert json.loads(head)["specversion"] == "1.0"
 
 

@@ -10,8 +10,10 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost.app import App
-from unlost.cli.options import AppName, Json, aligned, count
+from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, Operator, Yes, aligned, confirmed, count, login, looking
 from unlost.cli.say import bold, clean, dim, note, out, print_json, warn
+from unlost.errors import OutcomeUnknown
+from unlost.ops import erase as erasing
 from unlost.ops.event import FieldUse, Finding, event_list, event_usage, project_classes
 from unlost.ops.event_check import AGREED_BY_UPDATE, Checked, check
 from unlost.ops.event_docs import DOCUMENT, PAGE, default_folder, event_document, write_docs
@@ -156,6 +158,117 @@ def docs(*, out_folder: Out = None, app: AppName = None, json: Json = False) -> 
         out(f"{clean(folder / name)}  {'written' if folder / name in changed else 'says the same already'}")
     out(f"{count(types, 'type')} on {count(channels, 'channel')}")
     return 0
+
+
+def erase(
+    *,
+    key: Annotated[str, Parameter(name="--key", help="The events of this key.")],
+    reason: Annotated[str, Parameter(name="--reason", help="Why you do it; kept in the records.")],
+    topic: Annotated[
+        list[str] | None, Parameter(name="--topic", negative="", help="Only those of this topic. May be repeated.")
+    ] = None,
+    type: Annotated[
+        list[str] | None, Parameter(name="--type", negative="", help="Only those of this type. May be repeated.")
+    ] = None,
+    store_only: Annotated[
+        bool, Parameter(name="--store-only", negative="", help="Leave the log: it cannot be changed on Kafka.")
+    ] = False,
+    export: Annotated[
+        list[str] | None,
+        Parameter(name="--export", negative="", help="Also in this folder of `unlost store export`. May be repeated."),
+    ] = None,
+    dry_run: Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")] = False,
+    yes: Yes = False,
+    operator: Operator = None,
+    app: OfApp = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Erase what the events of a key say: personal data leaves log, shelf and waiting room.
+
+    Id, source, type, version and time stay, so that positions, checks and books hold. What a service that does not run
+    has not handled is counted as removed; a running service ends what it has before it, and skips the rest (erased).
+    Backups and exports made before keep the data, and on Kafka the log does. Ends with 5 if something is still to be done:
+    the same command goes on.
+
+    **Needs** only broker and store.
+
+    **Examples**
+
+    - `unlost event erase --key c-7 --reason "request 12" --dry-run`
+    - `unlost event erase --key c-7 --reason "request 12" --yes`
+    """
+    what = erasing.chosen(key, topics=topic or (), types=type or ())
+    exports = [Path(folder) for folder in export or ()]
+    with looking(app, broker) as here:
+        if dry_run or not yes:
+            seen = erasing.survey(here, what, store_only=store_only, exports=exports)
+            if dry_run:
+                return _print_survey(seen, as_json=json)
+            if seen.anything:
+                confirmed("erase", _survey_lines(seen), "erase this for good?")
+
+        def said(done: int, of: int) -> None:
+            if of > erasing.BATCH:
+                note(f"erased {done:,} of {of:,}")
+
+        done = erasing.erase(
+            here, what, operator=operator or login(), reason=reason, store_only=store_only, exports=exports, said=said
+        )  # fmt: skip
+    code = OutcomeUnknown.exit_code if done.left else 0
+    if json:
+        print_json("event-erase/1", {**msgspec.to_builtins(done), "dry_run": False})
+        return code
+    out(f"{count(done.log, 'event')} erased in the log; {count(done.removed, 'outcome')} of services removed")
+    if done.discards:
+        out(f"{count(done.discards, 'dead letter')} to be discarded by processes at work")
+    if done.cancelled:
+        out(f"{count(done.cancelled, 'delayed event')} cancelled")
+    if exports:
+        out(f"{count(done.exported, 'row')} erased in exports")
+    for line in done.notes:
+        note(clean(line))
+    for line in done.left:
+        note(warn(f"not done yet: {clean(line)}"))
+    if done.left:
+        note("the same command goes on; a service that is stopped holds nothing up")
+    return code
+
+
+def _print_survey(seen: erasing.Survey, *, as_json: bool) -> int:
+    if as_json:
+        print_json("event-erase/1", {**msgspec.to_builtins(seen), "dry_run": True})
+        return 0
+    for line in _survey_lines(seen):
+        out(line)
+    out("nothing was changed")
+    return 0
+
+
+def _survey_lines(seen: erasing.Survey) -> list[str]:
+    lines = [f"{count(seen.log, 'event')} of the key to be erased in the log"]
+    for c in seen.services:
+        parts = [
+            f"{number:,} {state}"
+            for number, state in (
+                (c.waiting, "waiting"), (c.in_flight, "in flight"), (c.retrying, "retrying"), (c.parked, "parked"),
+                (c.dead, "dead"),
+            )
+            if number
+        ]  # fmt: skip
+        end = (
+            "it runs: what it has before it ends by being handled, what is dead is discarded, the rest is skipped (erased)"
+            if c.runs
+            else "these are removed"
+        )
+        lines.append(f"  {clean(c.service)} has not handled {c.unhandled:,}: {', '.join(parts)}; {end}")
+    if seen.outbox:
+        lines.append(f"  {count(seen.outbox, 'event')} in the outbox: erased when they have left it")
+    if seen.delayed:
+        lines.append(f"  {count(seen.delayed, 'delayed event')}: cancelled")
+    if seen.exported:
+        lines.append(f"  {count(seen.exported, 'row')} in exports")
+    return lines + [clean(line) for line in seen.notes]
 
 
 def _load(app: str | None) -> App:

@@ -29,8 +29,10 @@ __all__ = [
     "decode_head",
     "encode_data",
     "encode_head",
+    "erased_head",
     "from_headers",
     "from_json",
+    "is_erased",
     "to_headers",
     "to_json",
 ]
@@ -76,6 +78,7 @@ class _Head(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fiel
     unlostpublisher: str | None = None
     unlostnumber: int | None = None
     unlostheaders: str | None = None
+    unlosterased: str | None = None  # when an operator had everything taken out that says more than this head does
 
 
 _json = msgspec.json.Encoder().encode
@@ -214,10 +217,38 @@ def peek_head(head: bytes) -> tuple[str, int, bool] | None:
     if (
         len(head) > MAX_HEAD_BYTES or h.specversion != "1.0" or not (id and source and type) or h.unlostheaders
         or not (id.isprintable() and source.isprintable() and type.isprintable())
-        or not 1 <= h.unlostversion < 2**31 or h.unlostnumber is not None
+        or not 1 <= h.unlostversion < 2**31 or h.unlostnumber is not None or h.unlosterased is not None
     ):  # fmt: skip
         return None
     return type, event_hash(source, id), h.unlostversion == 1 and h.datacontenttype == JSON_TYPE
+
+
+def erased_head(head: bytes, time: str) -> bytes:
+    """What is left of a stored head when its event is erased: what digests, deduplication and the books need. `time` says
+    when, as RFC 3339 writes it.
+
+    Raises `Undecodable` for anything but a valid head.
+
+    >>> head = b'{"specversion":"1.0","id":"1","source":"a","type":"t","time":"2026-01-02T03:04:05Z","subject":"ada"}'
+    >>> is_erased(head), is_erased(erased_head(head, "2026-02-02T03:04:05Z"))
+    (False, True)
+    """
+    e = decode_head(head, topic="", key=None, data=None)
+    return _json(
+        _Head(
+            "1.0", e.id, e.source, e.type, e.time, datacontenttype=None, unlostversion=e.eventversion, unlosterased=time
+        )
+    )
+
+
+def is_erased(head: bytes) -> bool:
+    """Whether this is what `erased_head` has left. No other event has that attribute: from outside it is not taken."""
+    if b'"unlosterased"' not in head:
+        return False
+    try:
+        return _head(head).unlosterased is not None
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
 
 
 def _from_other_head(
@@ -269,6 +300,7 @@ def _build(
     for name in _TEXTS:
         known[name] = _text(attributes, name)
     attributes.pop("unlostkey", None)  # means something to `from_json` only, which has taken it
+    attributes.pop("unlosterased", None)  # the log alone says so, of its own rows
     # What is left is of others.
     for name, value in attributes.items():
         if not _ATTRIBUTE.fullmatch(name) or name == "data":

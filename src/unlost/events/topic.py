@@ -12,6 +12,8 @@ from unlost.events.envelope import Envelope
 from unlost.events.model import Event
 from unlost.world import rfc3339
 
+ERASED = "erased"  # the rule by which an event is nobody's business whose content an operator has erased
+
 
 class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     """A message of a producer that does not write CloudEvents, as a topic's decoder gets it."""

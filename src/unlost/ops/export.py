@@ -164,11 +164,11 @@ def export(
         UnlostError: the folder cannot be written to.
     """
     wanted = wanted or Filters()
-    write = _writer(format)
+    write = writer_of(format)
     topics = _topics(log, wanted.topics)
     fresh = Manifest(broker=log.identity, files_are=format, with_sensitive=with_sensitive, filters=wanted)
-    with _explained(folder), _alone(folder):
-        found = _read(folder)
+    with explained(folder), alone(folder):
+        found = read_manifest(folder)
         manifest = fresh if found is None else found
         if found is not None:
             _check(folder, found, fresh, topics)
@@ -255,7 +255,7 @@ class _Run:
             name = f"{EVENTS}/{topic.name}/{range.partition:05d}-{range.start:015d}-{range.end:015d}.{kind}"
             path = self._folder / name
             _make_folder(path.parent)
-            with _whole(path) as file:
+            with whole(path) as file:
                 self._write(file, rows)
                 size = file.tell()
             manifest.files.append(Part(name=name, range=range, events=len(rows), bytes=size))
@@ -270,8 +270,8 @@ class _Run:
 
     def save(self) -> None:
         body = msgspec.json.encode(self._manifest)
-        document = _Document(format=FORMAT, sum=_sum(body), export=msgspec.Raw(body))
-        with _whole(self._folder / MANIFEST) as file:
+        document = Document(format=FORMAT, sum=sum_of(body), export=msgspec.Raw(body))
+        with whole(self._folder / MANIFEST) as file:
             file.write(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
 
     def end(self) -> Exported:
@@ -396,7 +396,7 @@ def _second(text: str) -> int:
 _Write = Callable[[BinaryIO, list[Row]], None]
 
 
-def _writer(format: Format) -> _Write:
+def writer_of(format: Format) -> _Write:
     return _write_jsonl if format == "jsonl" else _parquet_writer()
 
 
@@ -448,17 +448,17 @@ def _parquet_writer() -> _Write:
 # ---- the folder
 
 
-class _Document(msgspec.Struct, kw_only=True):
+class Document(msgspec.Struct, kw_only=True):
     format: int
     sum: str  # of `export`; it tells a manifest that somebody has edited
     export: msgspec.Raw
 
 
-def _sum(body: bytes) -> str:
+def sum_of(body: bytes) -> str:
     return blake2b(msgspec.json.format(body, indent=-1), digest_size=16).hexdigest()
 
 
-def _read(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest, or None in a folder where nothing is yet.
 
     Raises:
@@ -477,14 +477,14 @@ def _read(folder: Path) -> Manifest | None:
         return None
     wrong = "no manifest of an export"
     try:
-        document = msgspec.json.decode(text, type=_Document)
+        document = msgspec.json.decode(text, type=Document)
         if document.format != FORMAT:
             raise UsageError(
                 "UL1385", f"{path} cannot be gone on with", found=f"format {document.format}; this release writes {FORMAT}",
                 fix="use the release that wrote it, or export into a new folder",
             )  # fmt: skip
         wrong = "it was changed since it was written"
-        if _sum(bytes(document.export)) == document.sum:
+        if sum_of(bytes(document.export)) == document.sum:
             return msgspec.json.decode(document.export, type=Manifest)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         pass  # said below
@@ -580,7 +580,7 @@ def _sweep(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """The folder for one run; it is made if need be."""
     _make_folder(folder)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -597,7 +597,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
@@ -608,7 +608,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
+def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that has its name only when it is whole and on the disk."""
     part = path.with_name(path.name + _PART)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

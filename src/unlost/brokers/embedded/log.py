@@ -17,10 +17,12 @@ from unlost.brokers.embedded.indexer import Indexer
 from unlost.brokers.embedded.rows import harmed, missing
 from unlost.brokers.port import Find, Ledger, Place, Survives
 from unlost.events import decode_head, event_hash, peek_head
-from unlost.events.topic import Arrival, TopicInfo
+from unlost.events.codec import is_erased
+from unlost.events.topic import ERASED, Arrival, TopicInfo
+from unlost.sqlite.erase import erase_rows
 from unlost.sqlite.file import File
 from unlost.sqlite.schema import POSITION_BITS, POSITION_MAX
-from unlost.sqlite.transaction import LogRow, row_crc
+from unlost.sqlite.transaction import LogRow, Transaction, row_crc
 from unlost.world import rfc3339
 
 T = TypeVar("T")
@@ -158,6 +160,13 @@ class EmbeddedLog:
         with index.opened() as segments:
             yield partial(index.find, segments)
 
+    def erase(self, topic: str, partition: int, positions: Collection[int], key: bytes) -> int:
+        def work(tx: Transaction) -> int:
+            number = _numbers(tx.connection)((topic, partition))
+            return 0 if number is None else erase_rows(tx, self._file.path, topic, partition, number, positions, key)
+
+        return self._file.write_sync(work)
+
     def wait(self, seconds: float) -> None:
         """Until the doorbell rings; without one, the whole time."""
         bell = self._file.bell.socket
@@ -212,7 +221,7 @@ def _looked_into(
         envelope = decode_head(head, topic=topic, key=key, data=data, recordedtime=rfc3339(recorded))
     except Exception as e:
         return Arrival(position, None, recorded, head, key, data, str(e))
-    return Arrival(position, envelope, recorded, head, key, data)
+    return Arrival(position, envelope, recorded, head, key, data, rule=ERASED if is_erased(head) else "")
 
 
 def read_topics(connection: apsw.Connection) -> list[TopicInfo]:
