@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test check format bench bench-kafka bench-postgres bench-export bench-trace prove wheel docs clean
+.PHONY: help demo test check format bench bench-kafka bench-postgres bench-export bench-trace bench-replay prove wheel docs clean
 
 help:
 	@echo "make demo    the shop on real orders, killed with kill -9 while it works"
@@ -60,6 +60,9 @@ bench-export: $(READY)
 
 bench-trace: $(READY)
 	$(BIN)/python bench/trace_run.py
+
+bench-replay: $(READY)
+	$(BIN)/python bench/replay_run.py
 
 prove: $(READY)
 	env KILLS=3000 SECONDS=1800 STATES=20000 $(BIN)/pytest tests/crash
