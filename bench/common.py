@@ -15,7 +15,7 @@ from typing import Any
 
 import apsw
 
-from unlost import Event
+from unlost import Command, Event
 from unlost.sqlite.guards import persist_wal
 from unlost.sqlite.schema import TABLES
 
@@ -33,12 +33,26 @@ class OrderPlaced(Event, key="order_id"):
     note: str
 
 
+class PlaceOrder(Command, queue="orders", key="order_id"):
+    order_id: str
+    customer: str
+    cents: int
+    note: str
+
+
 _NOTE = "x" * 128
 
 
 def order(n: int) -> OrderPlaced:
     """The `n`-th event: 200 bytes of data, one of 1,000 keys."""
     return OrderPlaced(
+        order_id=f"o-{n % KEYS:04d}", customer=f"c-{n % 700:06d}", cents=1_000_000_000 + n, note=_NOTE
+    )  # fmt: skip
+
+
+def command(n: int) -> PlaceOrder:
+    """The same as a command."""
+    return PlaceOrder(
         order_id=f"o-{n % KEYS:04d}", customer=f"c-{n % 700:06d}", cents=1_000_000_000 + n, note=_NOTE
     )  # fmt: skip
 

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import apsw
-from common import EVENT_BYTES, PUBLISHERS, OrderPlaced, Stopwatch, answer, order, pragmas_of, start
+from common import (
+    EVENT_BYTES,
+    PUBLISHERS,
+    OrderPlaced,
+    PlaceOrder,
+    Stopwatch,
+    answer,
+    command,
+    order,
+    pragmas_of,
+    start,
+)
 
 from unlost import App, Context, Service
 
@@ -36,8 +47,9 @@ def commits(app: App) -> int:
 
 
 def settled(app: App) -> int:
-    """How many events have a durable outcome."""
-    return int(app.file.read(lambda c: c.execute("select sum(position) from unlost_progress").fetchone())[0] or 0)
+    """How many events have a durable outcome. (Those that are begun at most once have none yet.)"""
+    sql = "select sum(position - coalesce(json_extract(counts, '$.begun'), 0)) from unlost_progress"
+    return int(app.file.read(lambda c: c.execute(sql).fetchone())[0] or 0)
 
 
 async def until_settled(app: App, count: int, pause: float = 0.001) -> None:
@@ -48,12 +60,12 @@ async def until_settled(app: App, count: int, pause: float = 0.001) -> None:
         await asyncio.sleep(pause)
 
 
-async def publish(app: App, first: int, total: int, publishers: int) -> None:
+async def publish(app: App, first: int, total: int, publishers: int, kind: str = "event") -> None:
     """A closed loop: each publisher sends its next event when the one before is durable."""
 
     async def one(number: int) -> None:
         for n in range(first + number, first + total, publishers):
-            await app.publish(order(n))
+            await (app.send(command(n)) if kind == "command" else app.publish(order(n)))
 
     await asyncio.gather(*(one(number) for number in range(publishers)))
 
@@ -68,7 +80,10 @@ async def publish_in_batches(app: App, first: int, total: int, batch: int) -> No
     await asyncio.gather(one(0), one(1))
 
 
-async def warm_up(app: App) -> None:
+async def warm_up(app: App, kind: str = "event") -> None:
+    if kind == "command":
+        await publish(app, 0, WARM, PUBLISHERS, kind)
+        return
     await app.publish_all([order(n) for n in range(WARM)])
 
 
@@ -106,14 +121,14 @@ async def measure_publish(folder: Path, total: int, publishers: int) -> None:
 # --- two processes: publish, handle, durable position ----------------------------------------------------------
 
 
-def counting(expected: list[int]) -> tuple[Service, list[asyncio.Event]]:
+def counting(expected: list[int], kind: str = "event") -> tuple[Service, list[asyncio.Event]]:
     """A service with a handler that only counts; each event is set when so many have been handled."""
     service = Service("billing")
     reached = [asyncio.Event() for _ in expected]
     seen = 0
 
-    @service.on(OrderPlaced)
-    async def handle(event: OrderPlaced) -> None:
+    @service.on(PlaceOrder if kind == "command" else OrderPlaced)
+    async def handle(event: Any) -> None:
         nonlocal seen
         seen += 1
         if seen in expected:
@@ -144,9 +159,9 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-async def consume(folder: Path, total: int) -> None:
+async def consume(folder: Path, total: int, kind: str) -> None:
     end_with_parent()
-    service, (warmed, finished) = counting([WARM, WARM + total])
+    service, (warmed, finished) = counting([WARM, WARM + total], kind)
     async with app_on(folder, service) as app:
         task = asyncio.create_task(app.serve())
         await unless_it_fails(task, warmed.wait())
@@ -160,8 +175,8 @@ async def consume(folder: Path, total: int) -> None:
         await task
 
 
-async def measure_two(folder: Path, total: int, batch: int) -> None:
-    service, _ = counting([])  # declares the topic; served by the other process only
+async def measure_two(folder: Path, total: int, batch: int, kind: str) -> None:
+    service, _ = counting([], kind)  # declares the topic; served by the other process only
     own = 0
 
     def count() -> None:
@@ -169,9 +184,9 @@ async def measure_two(folder: Path, total: int, batch: int) -> None:
         own += 1
 
     async with app_on(folder, service) as app:
-        other = start("ours.py", "consume", folder, total, stdin=-1, stdout=-1)
+        other = start("ours.py", "consume", folder, total, kind, stdin=-1, stdout=-1)
         assert other.stdout is not None
-        await warm_up(app)
+        await warm_up(app, kind)
         await asyncio.to_thread(other.stdout.readline)
         before = commits(app)
         app.file.listen(count)
@@ -179,7 +194,7 @@ async def measure_two(folder: Path, total: int, batch: int) -> None:
         if batch > 1:
             await publish_in_batches(app, WARM, total, batch)
         else:
-            await publish(app, WARM, total, PUBLISHERS)
+            await publish(app, WARM, total, PUBLISHERS, kind)
         published: dict[str, Any] = watch.stop()
         theirs = json.loads(await asyncio.to_thread(other.stdout.readline))
         result = {
@@ -287,8 +302,9 @@ async def measure_latency(folder: Path, samples: int, processes: int) -> None:
 
 
 async def measure_once(folder: Path, total: int, kind: str) -> None:
-    """A backlog, handled effectively-once by one process; with `transaction` each handler writes a row of its own."""
-    service = Service("billing", guarantee="at-least-once" if kind == "plain" else "effectively-once")
+    """A backlog, handled by one process under one of the guarantees; with `transaction` each handler writes a row."""
+    guarantees: dict[str, Any] = {"plain": "at-least-once", "at-most-once": "at-most-once"}
+    service = Service("billing", guarantee=guarantees.get(kind, "effectively-once"))
     expected = total
     handled = asyncio.Event()
     seen = 0
@@ -338,9 +354,9 @@ def main() -> None:
     if mode == "publish":
         asyncio.run(measure_publish(path, int(rest[0]), int(rest[1])))
     elif mode == "two":
-        asyncio.run(measure_two(path, int(rest[0]), int(rest[1])))
+        asyncio.run(measure_two(path, int(rest[0]), int(rest[1]), rest[2] if len(rest) > 2 else "event"))
     elif mode == "consume":
-        asyncio.run(consume(path, int(rest[0])))
+        asyncio.run(consume(path, int(rest[0]), rest[1]))
     elif mode == "latency":
         asyncio.run(measure_latency(path, int(rest[0]), int(rest[1])))
     elif mode == "stamp":

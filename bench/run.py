@@ -65,7 +65,8 @@ class Bench:
         self.two_single: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self.latency: dict[int, Results] = {1: [], 2: []}
         self.alone: Results = []
-        self.once: dict[str, Results] = {"plain": [], "inbox": [], "transaction": []}
+        self.once: dict[str, Results] = {"plain": [], "at-most-once": [], "inbox": [], "transaction": []}
+        self.queue: Results = []
         self.peers: dict[str, Results] = {name: [] for name in PEERS}
         self.not_installed: dict[str, str] = {}
         self.others: float | None = None  # share of the processors' time that was not ours
@@ -87,6 +88,9 @@ class Bench:
             self.two.append(self._pair("two", self.events, BATCH))
             self.two_small.append(self._pair("two", self.events, SMALL_BATCH))
             self.two_single.append(self._pair("two", self.events, 1))
+            self.queue.append(self._ours("two", self.events, 1, "command"))
+            for kind in ("plain", "at-most-once"):
+                self.once[kind].append(self._ours("once", 4 * self.events, kind))
             for processes in (1, 2):
                 self.latency[processes].append(self._ours("latency", self.samples, processes))
             if number < 3:
@@ -104,7 +108,7 @@ class Bench:
 
     def _for_information(self) -> None:
         self.alone.append(self._ours("publish", self.events // 10, 1))
-        for kind, total in (("plain", self.events), ("inbox", self.events), ("transaction", self.events // 6)):
+        for kind, total in (("inbox", self.events), ("transaction", self.events // 6)):
             self.once[kind].append(self._ours("once", total, kind))
         if self.quick:
             return
@@ -142,6 +146,20 @@ def ratio_row(b: Bench, name: str, pairs: list[tuple[dict[str, Any], dict[str, A
     ]  # fmt: skip
 
 
+def own_row(b: Bench, name: str, ours: Results, other: Results, target: float) -> list[str]:
+    """One way of ours beside another, in the same rounds."""
+    ratios = [(o["events"] / o["seconds"]) / (t["events"] / t["seconds"]) for o, t in zip(ours, other, strict=True)]
+    found = median(ratios)
+    return [
+        name,
+        f"{rate(ours):,.0f}/s",
+        f"{rate(other):,.0f}/s",
+        f"≥ {target:g}",
+        spread(ratios),
+        verdict(b, found >= target),
+    ]
+
+
 def latency_row(b: Bench, name: str, results: Results, target: float) -> list[str]:
     ratios = [median(r["start"]) / median(r["disk"]) for r in results]
     found = median(ratios)
@@ -163,6 +181,14 @@ def targets(b: Bench) -> str:
                 b, f"two processes, `publish_all` of {SMALL_BATCH} → handle → durable position", b.two_small, 0.3
             ),
             ratio_row(b, f"two processes, {PUBLISHERS} publishers → handle → durable position", b.two_single, 0.3),
+            own_row(
+                b,
+                f"queue: {PUBLISHERS} senders → handle → durable, beside the same with events",
+                b.queue,
+                [ours for ours, _ in b.two_single],
+                0.8,
+            ),
+            own_row(b, "at-most-once beside at-least-once, a backlog", b.once["at-most-once"], b.once["plain"], 1.5),
             latency_row(b, "publish call → handler start, p50, one process", b.latency[1], 4.0),
             latency_row(b, "publish call → handler start, p50, two processes", b.latency[2], 4.0),
         ],
@@ -206,6 +232,7 @@ def information(b: Bench) -> str:
         ["unlost, one publisher", f"{rate(b.alone):,.0f}/s", f"{cpu(b.alone):.0f} µs", none, none, "the same"],
     ]
     for kind, what in (
+        ("at-most-once", "unlost, at-most-once"),
         ("plain", "unlost, at-least-once"),
         ("inbox", "unlost, effectively-once"),
         ("transaction", "unlost, effectively-once, `ctx.transaction()` with a row of its own"),
