@@ -676,3 +676,77 @@ def test_the_page_about_it_is_true(shell: Shell) -> None:
         said[command] = shell.ok(*command.split(), "--app", "hello").out
     assert re.search(r"total_cents +statistics \(view OrderTotal\), billing \(all\)\n", said["event usage"])
     assert said["event check"] == "nothing has changed, nothing breaks\n"
+
+
+# --- two locks, and sizes --------------------------------------------------------------------------------------
+
+RELEASES = {
+    "v1": """
+from unlost import App, Event, Service
+class OrderPlaced(Event, key="order_id"):
+    order_id: str
+    cents: int
+    note: str = ""
+class OrderLost(Event, key="order_id"):
+    order_id: str
+billing = Service("billing")
+@billing.on(OrderPlaced)
+async def bill(e: OrderPlaced) -> None: ...
+app = App(billing)
+""",
+    "v2": """
+from unlost import App, Event, Service
+class OrderPlaced(Event, key="order_id"):
+    order_id: str
+    euros: float
+    currency: str = "EUR"
+class OrderShipped(Event, key="order_id"):
+    order_id: str
+billing = Service("billing")
+@billing.on(OrderPlaced)
+async def bill(e: OrderPlaced) -> None: ...
+app = App(billing)
+""",
+}
+
+
+def test_two_locks_say_what_changed_between_two_releases(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    for name, text in RELEASES.items():
+        shell.write(f"shop_{name}.py", text)
+        shell.ok("event", "check", "--update", "--app", f"shop_{name}", "--lock", f"{name}.lock")
+        (shell.folder / f"shop_{name}.py").unlink()  # no code is needed
+    found = shell.quick("event", "check", "v1.lock", "v2.lock")
+    assert found.code == 1
+    assert "order.OrderPlaced.currency  added" in found.out and "order.OrderPlaced.cents  removed" in found.out
+    assert "order.OrderLost  gone from the code" in found.out and "order.OrderShipped  new" in found.out
+    assert "OLD EVENTS CANNOT BE READ" in found.out and "OLD RELEASES CANNOT READ NEW EVENTS" in found.out
+    same = shell.quick("event", "check", "v2.lock", "v2.lock", "--json").json
+    assert (same["changes"], same["breaks"]) == ([], False)
+    for arguments, code in (
+        (["v1.lock"], "UL1379"),
+        (["v1.lock", "v2.lock", "--update"], "UL1379"),
+        (["v1.lock", "no.lock"], "UL1360"),
+    ):
+        refused = shell.quick("event", "check", *arguments)
+        assert refused.code == 2 and code in refused.err
+    (shell.folder / "v2.lock").write_text((shell.folder / "v2.lock").read_text().replace("euros", "pounds"))
+    assert "UL1362" in shell.quick("event", "check", "v1.lock", "v2.lock").err
+
+
+def test_the_biggest_events_by_what_the_log_holds(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    shell.write("shop.py", RELEASES["v1"])
+    nothing = shell.quick("event", "usage", "--sizes", "--app", "shop")
+    assert nothing.code == 2 and "UL1301" in nothing.err
+    lines = [{"type": "OrderPlaced", "data": {"order_id": f"o{n}", "cents": 1, "note": "x" * n}} for n in (10, 500, 30)]
+    lines.append({"type": "OrderLost", "data": {"order_id": "o1"}})
+    shell.ok("publish", "-", "--app", "shop", stdin="\n".join(map(json.dumps, lines)))
+    found = shell.quick("event", "usage", "--sizes", "--app", "shop", "--json").json["sizes"]
+    bare = len(json.dumps({"order_id": "o10", "cents": 1, "note": ""}, separators=(",", ":")))
+    assert [(s["type"], s["events"], s["largest"]) for s in found] == [
+        ("order.OrderPlaced", 3, bare + 500 + 1), ("order.OrderLost", 1, len('{"order_id":"o1"}')),
+    ]  # fmt: skip
+    assert found[0]["mean"] == round((3 * bare + 540 + 1) / 3) and found[0]["largest_at"].startswith("order/")
+    text = shell.quick("event", "usage", "--sizes", "--app", "shop").out
+    assert text.index("BYTES OF DATA") < text.index("order.OrderPlaced", text.index("BYTES OF DATA"))

@@ -12,16 +12,23 @@ from cyclopts import Parameter
 from unlost.app import App
 from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, Operator, Yes, aligned, confirmed, count, login, looking
 from unlost.cli.say import bold, clean, dim, note, out, print_json, warn
-from unlost.errors import OutcomeUnknown
+from unlost.errors import OutcomeUnknown, UsageError
 from unlost.ops import erase as erasing
 from unlost.ops.event import FieldUse, Finding, event_list, event_usage, project_classes
-from unlost.ops.event_check import AGREED_BY_UPDATE, Checked, check
+from unlost.ops.event_check import AGREED_BY_UPDATE, Checked, check, compare
 from unlost.ops.event_docs import DOCUMENT, PAGE, default_folder, event_document, write_docs
 from unlost.ops.event_lock import UPDATE, lock_path, read_lock
+from unlost.ops.event_size import Size
+from unlost.ops.event_size import sizes as event_sizes
 from unlost.ops.load import load
 
 LockFile = Annotated[
     str | None, Parameter(name="--lock", help="The lock. Else unlost.events.lock beside the nearest pyproject.toml.")
+]
+Old = Annotated[str | None, Parameter(help="A lock to begin with, instead of the code.")]
+New = Annotated[str | None, Parameter(help="The lock to compare it with.")]
+Sizes = Annotated[
+    bool, Parameter(name="--sizes", negative="", help="Also how large each type is, by the newest events in the log.")
 ]
 Out = Annotated[
     str | None, Parameter(name="--out", help="The folder. Else event-docs beside the nearest pyproject.toml.")
@@ -68,8 +75,17 @@ def list_events(*, app: AppName = None, json: Json = False) -> int:
     return 0
 
 
-def check_events(*, update: Update = False, lock: LockFile = None, app: AppName = None, json: Json = False) -> int:
-    """Say what has changed since the lock, and which change breaks a reader.
+def check_events(
+    old: Old = None,
+    new: New = None,
+    /,
+    *,
+    update: Update = False,
+    lock: LockFile = None,
+    app: AppName = None,
+    json: Json = False,
+) -> int:
+    """Say what has changed since the lock, and which change breaks a reader; or what changed from one lock to another.
 
     The lock (`unlost.events.lock`, to be committed) has the fields of each event and command as they were agreed. What
     breaks: a class that cannot read what is in the log, a release still running that cannot read what the new one
@@ -77,15 +93,24 @@ def check_events(*, update: Update = False, lock: LockFile = None, app: AppName 
     be done, queues with two services, views of what is not there; these cannot be agreed to. Ends with 1 if something
     breaks.
 
-    **Needs** your code; no broker. `--update` writes the lock, nothing else.
+    **Needs** your code, or two locks; no broker. `--update` writes the lock, nothing else.
 
     **Examples**
 
     - `unlost event check --update` the first time, and whenever a change is meant
     - `unlost event check` in CI
+    - `unlost event check v1.lock v2.lock` what changed between two releases
     """
-    loaded = _load(app)
-    found = check(loaded, project_classes(loaded), lock_path(lock), update=update)
+    if old is not None:
+        if new is None or update or lock is not None or app is not None:
+            raise UsageError(
+                "UL1379", "two locks are compared with each other, and with nothing else", found=f"{old} and {new or 'no second one'}",
+                fix="unlost event check OLD NEW",
+            )  # fmt: skip
+        found = compare(Path(old), Path(new))
+    else:
+        loaded = _load(app)
+        found = check(loaded, project_classes(loaded), lock_path(lock), update=update)
     code = 1 if found.breaks else 0
     if json:
         print_json("event-check/1", {**msgspec.to_builtins(found), "breaks": found.breaks})
@@ -94,27 +119,36 @@ def check_events(*, update: Update = False, lock: LockFile = None, app: AppName 
     return code
 
 
-def usage(*, lock: LockFile = None, app: AppName = None, json: Json = False) -> int:
-    """Say which service reads which field, and which fields nobody asks for.
+def usage(
+    *,
+    sizes: Sizes = False,
+    lock: LockFile = None,
+    app: AppName = None,
+    broker: BrokerUrl = None,
+    json: Json = False,
+) -> int:
+    """Say which service reads which field, which fields nobody asks for, and which events are the biggest.
 
     A handler whose parameter is a view reads the view's fields; one of the full class reads all. With a lock, fields that
-    were added since are marked. Ends with 1 if a view cannot read its event.
+    were added since are marked. With `--sizes` the newest events of each topic say how large each type is. Ends with 1 if
+    a view cannot read its event.
 
-    **Needs** your code; no broker.
+    **Needs** your code; with `--sizes` the broker as well.
 
-    **Example**
+    **Examples**
 
     - `unlost event usage --app hello`
+    - `unlost event usage --app hello --sizes` the biggest events first
     """
     path = lock_path(lock)
     before = read_lock(path)
     loaded = _load(app)
     found = event_usage(loaded, project_classes(loaded), before)
     wrong = [finding for event in found for finding in event.wrong]
+    biggest = _sizes(loaded, app, broker) if sizes else None
     if json:
-        print_json(
-            "event-usage/1", {"lock": None if before is None else str(path), "events": msgspec.to_builtins(found)}
-        )
+        members = {"lock": None if before is None else str(path), "events": msgspec.to_builtins(found)}
+        print_json("event-usage/1", members if biggest is None else members | {"sizes": msgspec.to_builtins(biggest)})
         return 1 if wrong else 0
     for event in found:
         out(bold(clean(event.type)) + ("" if event.name else "  not in this code, only views of it"))
@@ -122,6 +156,8 @@ def usage(*, lock: LockFile = None, app: AppName = None, json: Json = False) -> 
             for line in aligned([[clean(f.name), _read_by(f), _remark(f)] for f in event.fields], left="lll"):
                 out(f"  {line}")
     _print_findings(wrong, agreed=False)
+    if biggest is not None:
+        _print_sizes(biggest)
     out()
     unread = sum(not f.by_view and not f.is_key for event in found for f in event.fields)
     out(f"{count(len(found), 'type')}, {count(unread, 'field')} that no view names, keys not counted")
@@ -288,6 +324,23 @@ def _remark(f: FieldUse) -> str:
         wanted = ", ".join(clean(reader.view) for reader in f.by_view)
         said.append("added since the lock" + (f", wanted by {wanted}" if wanted else ", no view wants it"))
     return "; ".join(said)
+
+
+def _sizes(loaded: App, app: str | None, broker: str | None) -> list[Size]:
+    topics = {cls.__unlost__.topic or "" for cls in project_classes(loaded)}
+    with looking(app, broker) as here:
+        return event_sizes(here.log, topics)
+
+
+def _print_sizes(found: Sequence[Size]) -> None:
+    out()
+    if not found:
+        out("the log has none of these events yet")
+        return
+    rows = [["BYTES OF DATA", "on average", "the largest", "", "events looked at"]]
+    rows += [[clean(s.type), f"{s.mean:,}", f"{s.largest:,}", dim(clean(s.largest_at)), f"{s.events:,}"] for s in found]
+    for line in aligned(rows, left="lrrlr"):
+        out(line)
 
 
 def _print_checked(found: Checked) -> None:

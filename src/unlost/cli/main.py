@@ -44,7 +44,7 @@ _COMMANDS = (
     ("service retire", "service:retire", _LOOK, "NAME --reason WHY [OPTIONS]"),
     ("config", "look:show_config", _LOOK, "[OPTIONS]"),
     ("event list", "event:list_events", _WORK, "[OPTIONS]"),
-    ("event check", "event:check_events", _WORK, "[OPTIONS]"),
+    ("event check", "event:check_events", _WORK, "[OLD NEW] [OPTIONS]"),
     ("event usage", "event:usage", _WORK, "[OPTIONS]"),
     ("event docs", "event:docs", _WORK, "[OPTIONS]"),
     ("event erase", "event:erase", _RIGHT, "--key K --reason TEXT [OPTIONS]"),

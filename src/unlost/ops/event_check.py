@@ -85,6 +85,36 @@ def check(app: App, classes: Sequence[type[Event]], path: Path, *, update: bool 
     return Checked(lock=str(path), agreed=update, written=written, changes=changes, findings=findings)
 
 
+def compare(old: Path, new: Path) -> Checked:
+    """What changed from one lock to another, and what of it breaks. Needs no code: who reads what is not known then.
+
+    Raises:
+        UsageError: UL1360 a lock is not there; UL1361 to UL1364 it cannot be used.
+    """
+    before = _lock_at(old)
+    now = {type: _as_code(event) for type, event in _lock_at(new).items() if not event.gone}
+    changes: list[Change] = []
+    findings: list[Finding] = []
+    for type in sorted(before.keys() | now.keys()):
+        changes += _changes(type, before.get(type), now.get(type), ())
+        findings += _broken(type, before, now, ())
+    return Checked(lock=str(old), agreed=False, written=False, changes=changes, findings=findings)
+
+
+def _as_code(event: Locked) -> Locked:
+    """Without what a lock remembers of the past."""
+    return msgspec.structs.replace(
+        event, fields={name: field for name, field in event.fields.items() if not field.gone}
+    )
+
+
+def _lock_at(path: Path) -> dict[str, Locked]:
+    found = read_lock(path)
+    if found is None:
+        raise UsageError("UL1360", "there is no lock to compare with", found=f"no file {path}", fix="name two locks")
+    return found
+
+
 # ---- what the code says by itself
 
 
