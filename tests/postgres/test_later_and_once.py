@@ -10,8 +10,8 @@ import psycopg
 import pytest
 from outbox_kit import Work, until
 
-from unlost import App, Command, Context, Event, Service
-from unlost.store.postgres import migrate
+from unlost import App, Command, Context, Event, Service, UsageError
+from unlost.store.postgres import migrate, schema
 from unlost.store.postgres.settings import parse
 
 
@@ -94,3 +94,25 @@ def test_at_most_once(database: str, tmp_path: Path) -> None:
         counts = connection.execute("select counts from unlost.unlost_progress where topic = 'ping'").fetchall()
         listed = connection.execute("select state from unlost.unlost_ledger").fetchall()
     assert sum(json.loads(text).get("done", 0) for (text,) in counts) == 39 and listed == [("abandoned",)]
+
+
+def test_tables_of_the_first_format_are_brought_up_to_date(database: str, tmp_path: Path) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("create schema unlost")
+        connection.execute(schema.CREATE.format(s=schema.quoted("unlost")))
+        connection.execute("insert into unlost.unlost_meta values ('format', '1'), ('store_id', 'the-first')")
+        connection.execute(
+            "insert into unlost.unlost_progress (service, topic, partition, topic_id, start, start_digest, position, fated, "
+            "counts, digest) values ('old', 'ping', 0, 'x', 0, 0, 0, '', '{}', 0)"
+        )
+    with pytest.raises(UsageError, match="UL1159"):
+        App(broker=f"embedded://{tmp_path / 'events.db'}", store=database).publish_sync(Pinged(host="a", n=1))
+    assert (
+        migrate.migrate(parse(database)) == (1, schema.FORMAT) and migrate.migrate(parse(database))[0] == schema.FORMAT
+    )
+    assert one(database, "select value from unlost.unlost_meta where name = 'store_id'") == "the-first"
+    assert one(database, "select begun from unlost.unlost_progress where service = 'old'") == b""
+    receipt = App(broker=f"embedded://{tmp_path / 'events.db'}", store=database).publish_sync(
+        Pinged(host="a", n=1), delay=60
+    )
+    assert receipt.due and one(database, "select count(*) from unlost.unlost_delayed") == 1

@@ -11,6 +11,7 @@ import pytest
 
 from unlost import App, Context, Event, Reject, Retry, Service, UsageError
 from unlost.delivery import worker as worker_module
+from unlost.delivery.service import Guarantee
 from unlost.events import seal
 from unlost.ops.shelf import letters
 from unlost.store.records import FileRecords
@@ -188,3 +189,32 @@ def test_a_retry_policy_of_its_own_is_refused() -> None:
     with pytest.raises(UsageError, match="UL1216") as refused:
         service.on(Pinged, guarantee="at-most-once", retry=Retry(attempts=3))(lambda e: None)
     assert "at-least-once" in str(refused.value)
+
+
+async def test_handlers_in_threads_and_events_that_waited_before() -> None:
+    """A service that was at least once, with an event in the waiting room, becomes at most once."""
+    seen, away = [], True
+
+    def service(guarantee: Guarantee) -> Service:
+        made = Service("s", guarantee=guarantee, retry=Retry(attempts=9, first=600, max=600, jitter=0))
+
+        @made.on(Pinged)
+        def handle(e: Pinged) -> None:
+            seen.append(e.n)
+            if away:
+                raise ConnectionError("away")
+
+        return made
+
+    async with running(App(service("at-least-once"))) as t:
+        await t.publish(Pinged(host="h", n=1))
+        await t.until(lambda: t.db("select count(*) from unlost_waiting") == [(1,)])
+        await t.publish(Pinged(host="h", n=2))
+        await t.until(lambda: t.db("select count(*) from unlost_waiting") == [(2,)])
+        await t.scale(0, "s")
+        away = False
+        t.app.services = (service("at-most-once"),)
+        await t.scale(1, "s")
+        await t.publish(Pinged(host="h", n=3))
+        await t.settled()
+        assert seen == [1, 1, 2, 3] and t.books.services["s"].done == 3
