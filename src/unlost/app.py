@@ -39,7 +39,7 @@ from unlost.store.port import Outbox as SomeOutbox
 from unlost.store.port import Store
 from unlost.store.queues import two_for_one
 from unlost.store.sessions.port import AnySession
-from unlost.world import REAL, Deadlines, World
+from unlost.world import REAL, Deadlines, World, end
 
 if TYPE_CHECKING:
     from unlost.store.postgres.store import PostgresStore
@@ -605,7 +605,7 @@ class App:
         broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.store.on_broken = _report_to(broken)
         waited_for: list[asyncio.Future[Any]] = [*tasks, stop, broken]
-        house = asyncio.create_task(self._keep_house())
+        house = asyncio.create_task(self._keep_house(workers))
         relays = not self.broker.abilities.commits_with_store or self._hubs or self.store.own
         relaying = asyncio.create_task(self._relay()) if relays else None
         later = [asyncio.create_task(Releaser(s, self.world).run()) for s in (self.store, *self._hubs)]
@@ -618,10 +618,7 @@ class App:
             await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await asyncio.gather(*(worker.stop(STOP_SECONDS) for worker in workers), return_exceptions=True)
-            stop.cancel()
-            house.cancel()
-            for releasing in later:
-                releasing.cancel()
+            await end(stop, house, *later)
             tasks += later
             if relaying is not None:
                 await _stop_relaying(relaying)
@@ -652,9 +649,7 @@ class App:
                 last = [relay for relay, our in zip(relays, [*ours, any(ours)], strict=False) if our]
                 await asyncio.gather(*(relay.finish(RELAY_SECONDS) for relay in last))
         finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await end(*running)
             for outbox in outboxes:
                 with contextlib.suppress(UnlostError):  # others see that we are gone
                     await outbox.give()
@@ -662,7 +657,10 @@ class App:
             if copies is not None:
                 await copies.close()
 
-    async def _keep_house(self) -> None:
+    async def _keep_house(self, workers: Sequence[Worker]) -> None:
+        """Nothing is trimmed before the broker knows where each service is."""
+        for worker in workers:
+            await worker.joined.wait()
         while True:
             try:
                 await self.broker.keep_house()

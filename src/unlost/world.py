@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
 
+CANCEL_AGAIN_SECONDS = 1.0
+
 
 class World:
     """Real time, real randomness.
@@ -52,6 +54,19 @@ class World:
                 await wake.wait()
         except TimeoutError:
             return
+
+
+async def end(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks until they have ended, whatever they made of it. Once is not enough for one that goes on after errors of
+    the world: a connection that fails in that moment may say so in the place of the cancellation."""
+    left: set[asyncio.Task[Any]] = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_AGAIN_SECONDS)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # seen: who ends a task does not want to know
 
 
 class Deadlines:

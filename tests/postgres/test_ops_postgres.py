@@ -842,9 +842,9 @@ def test_migrate_makes_the_tables_and_records_who_did(tmp_path: Path, database: 
     assert dry.code == 0 and "would be made; nothing was changed" in dry.out, dry
     assert sql(database, "select count(*) from pg_namespace where nspname = 'unlost'") == [(0,)]
     done = shell.quick("store", "migrate", "--reason", "first release", "--operator", "ann")
-    assert done.code == 0 and "tables of format 1 are made" in done.out, done
+    assert done.code == 0 and f"tables of format {schema.FORMAT} are made" in done.out, done
     row = sql(database, "select operator, action, reason, result from unlost.unlost_operation")
-    assert row == [("ann", "migrate", "first release", "format 0 to 1")]
+    assert row == [("ann", "migrate", "first release", f"format 0 to {schema.FORMAT}")]
     again = shell.quick("store", "migrate", "--json")
     assert again.code == 0 and again.json["schema"] == "unlost.migrate/1" and again.json["done"] is False
     assert list(again.json) == ["schema", "store", "found", "format", "role", "done", "dry_run", "sql"]

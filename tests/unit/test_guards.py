@@ -194,9 +194,10 @@ def test_a_newer_format_is_refused(path: Path) -> None:
 def test_an_older_format_is_brought_up_to_date(path: Path) -> None:
     make(path, 3)
     db = sqlite3.connect(path)
-    for table in ("unlost_gap", "unlost_outbox", "unlost_relay", "unlost_follower"):
+    for table in ("unlost_gap", "unlost_outbox", "unlost_relay", "unlost_follower", "unlost_delayed"):
         db.execute(f"drop table {table}")
     db.execute("alter table unlost_progress drop column begun")
+    db.execute("alter table unlost_service drop column hold")
     db.execute("pragma user_version = 1")
     db.commit()
     db.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from unlost.sqlite.guards import open_lock
-from unlost.world import REAL, Deadlines, World, new_id, rfc3339
+from unlost.world import REAL, Deadlines, World, end, new_id, rfc3339
 
 
 def test_ids_are_uuid7_and_increase() -> None:
@@ -93,3 +93,25 @@ def test_deadlines_work_in_a_second_event_loop(tmp_path: Path) -> None:
 
     asyncio.run(late())
     asyncio.run(late())
+
+
+async def test_a_task_that_does_not_listen_the_first_time_is_ended() -> None:
+    refused = 0
+
+    async def stubborn() -> None:
+        nonlocal refused
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                refused += 1
+                if refused == 2:
+                    raise
+
+    async def failing() -> None:
+        raise ValueError("before anybody asked")
+
+    tasks = [asyncio.create_task(stubborn()), asyncio.create_task(failing())]
+    await asyncio.sleep(0)
+    await end(*tasks)
+    assert refused == 2 and all(task.done() for task in tasks)

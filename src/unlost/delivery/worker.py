@@ -139,6 +139,7 @@ class Worker:
         self._timer_count = 0
         self._suspicion = suspicion or Suspicion()  # one for all services of this process
         self._suspicion.parties.append(self)
+        self.joined = asyncio.Event()  # the broker knows where its service is, and keeps what it needs
         self._stopping = False
         self._leaving = asyncio.Event()
         self._tells = not broker.abilities.commits_with_store
@@ -573,6 +574,7 @@ class Worker:
         self._hold(await self._store.held(self.service.name))
         member = await self._broker.join(self.service.name, sorted(self.service.topics))
         self._member = member if self._through is None else self._through(member)
+        self.joined.set()
         if self._stopping:  # told to leave while it was joining
             await self._member.close()
             return

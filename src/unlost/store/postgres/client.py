@@ -21,6 +21,7 @@ from unlost.errors import OutcomeUnknown, Unavailable, UnlostError
 from unlost.store.postgres.schema import quoted
 from unlost.store.postgres.settings import Settings, explained
 from unlost.store.steps import Rows, Steps, in_schema, run_async, with_percent
+from unlost.world import end
 
 log = logging.getLogger("unlost.store")
 T = TypeVar("T")
@@ -71,8 +72,7 @@ class Client:
 
     async def close(self) -> None:
         if self._weeding is not None:
-            self._weeding.cancel()
-            await asyncio.gather(self._weeding, return_exceptions=True)
+            await end(self._weeding)
         await self._own.close()
         await self.lent.close()
 
@@ -328,6 +328,5 @@ class Listener:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._drop()

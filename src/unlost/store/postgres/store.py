@@ -57,7 +57,7 @@ from unlost.store.session_blocks import Rules, SessionBlock, SyncSessionBlock
 from unlost.store.sessions.connect import of
 from unlost.store.sessions.port import AnySession
 from unlost.store.steps import Steps, one
-from unlost.world import REAL, World, new_id
+from unlost.world import REAL, World, end, new_id
 
 log = logging.getLogger("unlost.store")
 _json = msgspec.json
@@ -169,10 +169,7 @@ class PostgresStore:
 
     async def close(self) -> None:
         """Says goodbye; if that fails, the lock of the session that ends says it."""
-        for task in (self._heart, self._waking):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await end(*(task for task in (self._heart, self._waking) if task is not None))
         with contextlib.suppress(UnlostError, TimeoutError):
             async with asyncio.timeout(2.0):
                 await self.client.commit(self._sign_off)
