@@ -13,6 +13,7 @@ from unlost import App, Context, Event, Reject, Retry, Service, UsageError
 from unlost.delivery import worker as worker_module
 from unlost.delivery.service import Guarantee
 from unlost.events import seal
+from unlost.events.partition import partition_of
 from unlost.ops.shelf import letters
 from unlost.store.records import FileRecords
 from unlost.testing import running
@@ -34,6 +35,11 @@ class Seen(Event, key="host", topic="seen"):
 class Counted(Event, key="host", topic="ping"):
     host: str
     n: int
+
+
+def in_partition(number: int) -> str:
+    names = (f"h{n}" for n in range(1000))
+    return next(name for name in names if partition_of(name.encode(), 8) == number)
 
 
 def pings(count: int, hosts: int = 6) -> list[Event]:
@@ -138,6 +144,23 @@ async def test_handlers_that_wait_run_side_by_side_once_that_is_known() -> None:
         await t.settled()
         assert t.books.services["s"].done == 400
         assert most > 8, "as many as there are partitions, and no more"
+
+
+async def test_a_busy_partition_does_not_keep_the_only_runner() -> None:
+    service, seen = Service("s", guarantee="at-most-once", concurrency=1), []
+
+    @service.on(Pinged)
+    async def handle(e: Pinged) -> None:
+        seen.append(e.n)
+        await asyncio.sleep(0)  # meanwhile more of it comes in
+
+    async with running(App(service)) as t:
+        await t.scale(0, "s")
+        await t.publish_all([Pinged(host=in_partition(0), n=0)] * 4000)
+        await t.publish(Pinged(host=in_partition(7), n=1))
+        await t.scale(1, "s")
+        await t.settled()
+        assert len(seen) == 4001 and seen.index(1) < 2000
 
 
 async def test_a_clean_stop_abandons_nothing() -> None:

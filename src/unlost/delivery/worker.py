@@ -88,6 +88,7 @@ LANES_KEPT = 10_000  # of one unit: a key that comes again finds its lane
 YIELD_EVERY = 32  # deliveries of one runner before others get their turn
 SWIFT_MIN = 8  # events of one unit that are begun in one commit, where none is delivered again
 SWIFT_MAX = 128
+SWIFT_ROUNDS = 8  # batches of one unit before another one gets the runner
 SLOW_SECONDS = 0.002  # per event: handlers that take longer than this do not run one after another
 SLOW_AGAIN_SECONDS = 10.0
 SPARE_THREADS = 32  # for sync handlers that outlive their deadline: a thread cannot be stopped
@@ -491,10 +492,12 @@ class Worker:
         A handler that waits for something is better served by lanes, where other keys go on: when one takes long, the
         batches in hand are ended here, and what comes after them goes that way.
         """
-        owned, size = lane.owned, SWIFT_MIN
+        owned, size, rounds = lane.owned, SWIFT_MIN, 0
         batch, number = self._begin_batch(lane, size)
         while batch:
-            following, following_number = self._begin_batch(lane, size)
+            rounds += 1
+            others = bool(self._ready) and rounds >= SWIFT_ROUNDS  # that wait for a runner
+            following, following_number = ([], 0) if others else self._begin_batch(lane, size)
             await self._settler.flush(number)
             if owned.gone:
                 return
