@@ -11,8 +11,12 @@ import pytest
 from outbox_kit import Work, until
 
 from unlost import App, Command, Context, Event, Service, UsageError
-from unlost.store.postgres import migrate, schema
+from unlost.events.topic import Arrival, Unit
+from unlost.store.port import Outcome, Settlement
+from unlost.store.postgres import migrate, rows, schema
 from unlost.store.postgres.settings import parse
+from unlost.store.postgres.store import PostgresStore
+from unlost.testing.postgres_rig import postgres_at
 
 
 class Placed(Event, key="order_id", topic="order"):
@@ -116,3 +120,27 @@ def test_tables_of_the_first_format_are_brought_up_to_date(database: str, tmp_pa
         Pinged(host="a", n=1), delay=60
     )
     assert receipt.due and one(database, "select count(*) from unlost.unlost_delayed") == 1
+
+
+async def test_whether_a_commit_of_what_was_begun_is_there(database: str) -> None:
+    """Its answer was lost: the rows say whether it happened, so that it is not settled twice, and not left out."""
+    migrate.migrate(parse(database))
+    async with postgres_at(database) as rig:
+        info = await rig.declare("ping", 1)
+        unit = Unit("map", "ping", 0)
+        await rig.store.register("map", {"on_dead": "park"}, [info])
+        (taken,) = await rig.store.take([unit])
+
+        async def there(settlement: Settlement) -> bool:
+            assert isinstance(rig.store, PostgresStore)
+            return await rig.store.client.read(rows.happened([settlement]))
+
+        begun = Settlement(unit, taken.epoch, [], begun=[0, 1, 2], begun_digest=7)
+        ended = Settlement(unit, taken.epoch, [], ended=[0])
+        failed = Settlement(
+            unit, taken.epoch, [Outcome(arrival=Arrival(1, None, 0, b"", None, None), state="abandoned", begun=True)]
+        )
+        for settlement in (begun, ended, failed):
+            assert not await there(settlement)
+            assert list(await rig.store.settle([settlement])) == []
+            assert await there(settlement)
