@@ -623,6 +623,9 @@ class App:
             if relaying is not None:
                 await _stop_relaying(relaying)
                 tasks.append(relaying)
+            if tasks:
+                await asyncio.wait(tasks, timeout=STOP_SECONDS)
+                await end(*tasks)  # one that still joins a group that does not answer
             ended = await asyncio.gather(*tasks, return_exceptions=True)
             self._workers = []
         for error in (*ended, self.store.broken):
