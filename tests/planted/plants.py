@@ -109,7 +109,7 @@ PLANTS = {
     ),
     "index-forgets": Plant(
         "the index of trace leaves places out", "unlost.brokers.embedded.segments:Segment.places", _half,
-        "tests/unit/test_trace_index.py::test_a_trace_is_the_same_with_and_without",
+        "tests/unit/test_trace_index.py::test_the_number_of_segments_grows_slowly_and_everything_is_in_them",
     ),
     "pause-ignored": Plant(
         "workers do not look whether their service is paused", "unlost.delivery.worker:Worker._hold", nothing,
