@@ -30,7 +30,7 @@ from unlost.delivery.suspicion import Suspicion
 from unlost.delivery.worker import Probe, Worker
 from unlost.errors import OutcomeUnknown, UnlostError, UsageError
 from unlost.events import Command, Envelope, Event, check_name, seal
-from unlost.events.topic import Topic, TopicInfo
+from unlost.events.topic import Decoder, Topic, TopicInfo
 from unlost.sqlite.file import File
 from unlost.sqlite.guards import after_fork
 from unlost.store.connect import is_postgres, place_of, postgres, sqlite_path, store_beside, store_id, store_path
@@ -297,6 +297,11 @@ class App:
         if self._store is None:
             raise _not_connected()
         return self._store
+
+    @property
+    def decoders(self) -> dict[str, Decoder]:
+        """How messages of topics that others write are read, by topic."""
+        return {name: topic.decoder for name, topic in self.topics.items() if topic.decoder is not None}
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:

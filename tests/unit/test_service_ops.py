@@ -17,7 +17,7 @@ from unlost import App, Event, Service, UsageError
 from unlost.brokers.embedded.log import EmbeddedLog
 from unlost.brokers.embedded.trim import trim
 from unlost.events.topic import Unit
-from unlost.ops import service_change
+from unlost.ops import pages, service_change
 from unlost.ops.connect import opened
 from unlost.sqlite.file import File
 from unlost.store.port import Hold
@@ -420,7 +420,7 @@ def test_a_log_that_has_no_digests_is_read_to_retire_a_service(shell: Shell, mon
     leave_something(shell)
     with monkeypatch.context() as patched:
         patched.setattr(EmbeddedLog, "digest", lambda *_: None)
-        patched.setattr(service_change, "READ_MAX", 1)
+        patched.setattr(pages, "PAGE", 1)
         said = change(shell, "retire", "billing", "--reason", "x")
     assert (said["unhandled"], said["aside"]) == (2, 3)
     assert book(shell)["removed"] == 5

@@ -11,6 +11,7 @@ from unlost import config
 from unlost.cli.options import (
     AppName,
     BrokerUrl,
+    DryRun,
     Json,
     OfApp,
     Operator,
@@ -41,7 +42,6 @@ Key = Annotated[str | None, Parameter(name="--key", help="Those of this key.")]
 OfService = Annotated[str | None, Parameter(name=["--service", "-s"], help="Those of this service.")]
 ReasonIs = Annotated[str | None, Parameter(name="--reason-is", help=f"Those that died so: {', '.join(REASONS)}.")]
 All = Annotated[bool, Parameter(name="--all", negative="", help="All that are on the shelf.")]
-DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")]
 
 
 def dead_list(

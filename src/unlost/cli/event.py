@@ -10,7 +10,20 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost.app import App
-from unlost.cli.options import AppName, BrokerUrl, Json, OfApp, Operator, Yes, aligned, confirmed, count, login, looking
+from unlost.cli.options import (
+    AppName,
+    BrokerUrl,
+    DryRun,
+    Json,
+    OfApp,
+    Operator,
+    Yes,
+    aligned,
+    confirmed,
+    count,
+    login,
+    looking,
+)
 from unlost.cli.say import bold, clean, dim, note, out, print_json, warn
 from unlost.errors import OutcomeUnknown, UsageError
 from unlost.ops import erase as erasing
@@ -213,7 +226,7 @@ def erase(
         list[str] | None,
         Parameter(name="--export", negative="", help="Also in this folder of `unlost store export`. May be repeated."),
     ] = None,
-    dry_run: Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")] = False,
+    dry_run: DryRun = False,
     yes: Yes = False,
     operator: Operator = None,
     app: OfApp = None,
@@ -223,7 +236,7 @@ def erase(
     """Erase what the events of a key say: personal data leaves log, shelf and waiting room.
 
     Id, source, type, version and time stay, so that positions, checks and books hold. What a service that does not run
-    has not handled is counted as removed; a running service ends what it has before it, and skips the rest (erased).
+    has not handled is counted as removed; a running service ends what it has in hand, and the rest counts as removed.
     Backups and exports made before keep the data, and on Kafka the log does. Ends with 5 if something is still to be done:
     the same command goes on.
 
@@ -293,7 +306,7 @@ def _survey_lines(seen: erasing.Survey) -> list[str]:
             if number
         ]  # fmt: skip
         end = (
-            "it runs: what it has before it ends by being handled, what is dead is discarded, the rest is skipped (erased)"
+            "it runs: what it has before it ends by being handled, what is dead is discarded, the rest counts as removed"
             if c.runs
             else "these are removed"
         )

@@ -30,6 +30,7 @@ BrokerUrl = Annotated[
 OfApp = Annotated[str | None, Parameter(name="--app", help="Look at the broker that this App names in its code.")]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="One JSON object instead of text.")]
 Why = Annotated[str, Parameter(name="--reason", help="Why you do it; kept in the records.")]
+DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")]
 Yes = Annotated[bool, Parameter(name=["--yes", "-y"], negative="", help="Do not ask.")]
 Operator = Annotated[
     str | None, Parameter(name="--operator", help="Who you are, for the records. Else your login name.")
@@ -53,7 +54,7 @@ def looking(app: str | None, broker: str | None) -> Iterator[Looking]:
 
         found = load(app).app  # also without need of its URL: whoever names an App wants it imported
         url, store = broker if broker is not None else found.broker_url, found.store_url
-        decoders = {topic.name: topic.decoder for topic in found.topics.values() if topic.decoder is not None}
+        decoders = found.decoders
     with opened(url, store=store, decoders=decoders) as here:
         try:
             yield here

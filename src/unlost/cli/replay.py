@@ -27,7 +27,7 @@ from unlost.cli.options import (
     looking,
     span,
 )
-from unlost.cli.run import _log_to_stderr
+from unlost.cli.run import log_to_stderr
 from unlost.cli.say import bold, clean, clean_lines, note, out, print_json
 from unlost.errors import Damaged, OutcomeUnknown, UsageError
 from unlost.ops.connect import Looking, opened
@@ -149,7 +149,7 @@ def replay(
 
 
 def _run(app: App, found: Replay, rate: float | None, json: bool) -> int:
-    _log_to_stderr("warning" if config.setting("log").source == "default" else None)
+    log_to_stderr("warning" if config.setting("log").source == "default" else None)
     note(
         f"{clean(found.name)}: {count(found.kept.plan.events, 'event')} of {clean(found.kept.plan.asked.service)}; Ctrl-C pauses it"
     )
@@ -322,6 +322,5 @@ def _listed_json(x: Listed) -> dict[str, Any]:
 @contextmanager
 def _looking_with(app: App) -> Iterator[Looking]:
     """At the broker and the store of this App."""
-    decoders = {topic.name: topic.decoder for topic in app.topics.values() if topic.decoder is not None}
-    with opened(app.broker_url, store=app.store_url, decoders=decoders) as here:
+    with opened(app.broker_url, store=app.store_url, decoders=app.decoders) as here:
         yield here

@@ -72,7 +72,7 @@ def run(
     if reload:
         return _reloading(app, service, {"--broker": broker, "--log": log, "--http": http}, json)
     end_with_parent()
-    _log_to_stderr(log)
+    log_to_stderr(log)
     loaded = load(app, broker=broker)
     for line in loaded.notes:
         note(warn(clean_lines(line), sys.stderr))
@@ -178,7 +178,7 @@ class _Lines(io.TextIOBase):
         return "ascii"
 
 
-def _log_to_stderr(flag: str | None) -> None:
+def log_to_stderr(flag: str | None) -> None:
     setting = config.setting("log", flag=flag)
     level, comma, form = (part.strip().lower() for part in setting.value.partition(","))
     if level not in LEVELS or (comma and form != "json"):

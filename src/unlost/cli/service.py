@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from unlost.cli.options import (
     BrokerUrl,
+    DryRun,
     Json,
     OfApp,
     Operator,
@@ -33,7 +34,6 @@ from unlost.ops.status import ProcessStatus, Status
 from unlost.world import REAL, rfc3339
 
 Name = Annotated[str, Parameter(help="The service, as `unlost service list` calls it.")]
-DryRun = Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")]
 
 
 def service_list(*, app: OfApp = None, broker: BrokerUrl = None, json: Json = False) -> int:

@@ -11,7 +11,7 @@ import msgspec
 from cyclopts import Parameter
 
 from unlost import config
-from unlost.cli.options import AppName, BrokerUrl, Json, Operator, Why, Yes, confirmed, count, login, looking
+from unlost.cli.options import AppName, BrokerUrl, DryRun, Json, Operator, Why, Yes, confirmed, count, login, looking
 from unlost.cli.say import clean, dim, note, out, print_json, warn
 from unlost.config import hide_secrets
 from unlost.errors import UsageError
@@ -40,7 +40,7 @@ def migrate(
     role: Annotated[
         str | None, Parameter(name="--role", help="Also give this role the rights that a service needs.")
     ] = None,
-    dry_run: Annotated[bool, Parameter(name="--dry-run", negative="", help="Only say what would be done.")] = False,
+    dry_run: DryRun = False,
     reason: Why = "",
     yes: Yes = False,
     operator: Operator = None,

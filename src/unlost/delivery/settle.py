@@ -75,10 +75,7 @@ class Settler:
 
     def done(self, owned: Owned, position: int, event_hash: int, size: int) -> int:
         """The same for an event that was handled and has no other consequence: the common case, at little cost."""
-        plain = owned.plain
-        if plain is None:
-            plain = owned.plain = Plain()
-            self._plain.append(owned)
+        plain = owned.plain or self._plain_of(owned)
         plain.positions.append(position)
         plain.digest ^= event_hash
         plain.size += size

@@ -106,7 +106,7 @@ def doctor(
     """
     broker = config.setting("broker", flag=url, code=app.broker_url if app is not None else None)
     store = config.setting("store", code=app.store_url if app is not None else None)
-    decoders = {} if app is None else {t.name: t.decoder for t in app.topics.values() if t.decoder is not None}
+    decoders = {} if app is None else app.decoders
     looking = Looking(broker, store, decoders)
     try:
         examine = _embedded if looking.embedded else _elsewhere

@@ -4,7 +4,7 @@ An event is erased in two steps. First it gets its end in the store: in every se
 unhandled, waits or is dead becomes `removed`. What a living process has in its hands is its own: dead letters are
 discarded by it (as `unlost dead discard` does), everything else ends by being handled. Then its row in the log is emptied,
 never before, so that the copies of an event in the store say the same as the log, or are gone. Whoever reads such a row
-later, a running service or one that begins in a year, counts it as skipped (erased).
+later, a running service or one that begins in a year, counts it as removed.
 **After a crash** of any of this the same call goes on: what is left is found by its key.
 """
 
@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from unlost.brokers.port import Erasable, Findable, Log, Place
+from unlost.brokers.port import Erasable, Findable, Place
 from unlost.errors import UnlostError, UsageError
 from unlost.events import decode_head, event_hash
 from unlost.events.topic import Unit
 from unlost.ops import export, shelf
 from unlost.ops.connect import Looking
+from unlost.ops.pages import stretch
 from unlost.ops.tail import OWN
 from unlost.sqlite.erase import scrub
 from unlost.sqlite.file import File
@@ -39,7 +40,6 @@ from unlost.store.steps import run
 from unlost.world import REAL
 
 BATCH = 200  # events in one commit
-PAGE = 500  # events in one look at the log
 ASKED_MAX = 100  # in one statement
 WAIT_SECONDS = 10.0  # for what living processes have in their hands
 AGAIN_SECONDS = 0.1
@@ -224,7 +224,7 @@ class _Eraser:
         def work() -> None:
             for info in log.topics([name for name in log.names() if not name.startswith(OWN)]) if find is None else ():
                 for partition, (start, end) in enumerate(info.ranges):
-                    self._note(found, (info.name, partition), _pages(log, info.name, partition, start, end))
+                    self._note(found, (info.name, partition), stretch(log, info.name, partition, start, end))
             for topic, partition, position in find({self._what.key}) if find is not None else ():
                 self._note(found, (topic, partition), log.read(topic, partition, position, 1))
 
@@ -673,13 +673,6 @@ def _batches(events: _Events) -> Iterator[tuple[Place, dict[int, _Event]]]:
 def _parts(all: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for n in range(0, len(all), size):
         yield all[n : n + size]
-
-
-def _pages(log: Log, topic: str, partition: int, start: int, end: int) -> Iterator[Any]:
-    at = start
-    while at < end and (arrivals := log.read(topic, partition, at, min(PAGE, end - at))):
-        yield from arrivals
-        at = arrivals[-1].position + 1
 
 
 def _size(events: _Events) -> int:

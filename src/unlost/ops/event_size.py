@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from unlost.brokers.port import Log
+from unlost.ops.pages import stretch
 
 NEWEST = 1000  # events of each topic that are looked at
 
@@ -31,13 +32,10 @@ def sizes(log: Log, topics: Collection[str]) -> list[Size]:
     for topic in log.topics(topics):
         each = -(-NEWEST // topic.partitions)
         for partition, (start, end) in enumerate(topic.ranges):
-            at = max(start, end - each)
-            while at < end and (arrivals := log.read(topic.name, partition, at, end - at)):
-                for a in arrivals:
-                    if a.envelope is not None and a.data is not None:
-                        place = f"{topic.name}/{partition}:{a.position}"
-                        found.setdefault(a.envelope.type, []).append((len(a.data), place))
-                at = arrivals[-1].position + 1
+            for a in stretch(log, topic.name, partition, max(start, end - each), end):
+                if a.envelope is not None and a.data is not None:
+                    place = f"{topic.name}/{partition}:{a.position}"
+                    found.setdefault(a.envelope.type, []).append((len(a.data), place))
     return sorted(_summed(found), key=lambda s: (-s.mean, s.type))
 
 

@@ -270,5 +270,4 @@ def _opened(app: App) -> tuple[Records, Log]:
     records = stores.records(app.store_setting) if stores.is_postgres(app.store_setting) else FileRecords(app.file)
     if not is_kafka(app.url):
         return records, EmbeddedLog(app.file)
-    decoders = {name: topic.decoder for name, topic in app.topics.items() if topic.decoder is not None}
-    return records, kafka_log(app.url, decoders)
+    return records, kafka_log(app.url, app.decoders)

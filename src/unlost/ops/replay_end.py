@@ -13,7 +13,8 @@ from unlost.events import event_hash
 from unlost.events.topic import Unit
 from unlost.ops.books import books
 from unlost.ops.connect import Looking
-from unlost.ops.replay_plan import NOT_REPLAYED, READ_MAX, type_of
+from unlost.ops.pages import stretch
+from unlost.ops.replay_plan import NOT_REPLAYED, type_of
 from unlost.ops.replay_state import UNITS, Replay, Tally, find, run_in, tally_of, text_of
 from unlost.sqlite.file import File
 from unlost.store import services
@@ -103,15 +104,12 @@ def _rest(
     end = max(plan.ends.get((topic, partition), position), max((b for _, b in progress.fated), default=position))
     first = log.topics([topic])[0].ranges[partition][0]
     expired = progress.pass_over(position, min(first, end)) if first > position else []
-    at = progress.position
-    while at < end and (arrivals := log.read(topic, partition, at, min(READ_MAX, end - at))):
-        at = arrivals[-1].position + 1
-        for a in arrivals:
-            if a.position < end and a.position not in progress.fated:
-                hash = 0 if a.envelope is None else event_hash(a.envelope.source, a.envelope.id)
-                rule = a.rule or ("" if plan.choice.wants(a) else NOT_REPLAYED)
-                rule = rule or ("" if (type_of(a) or "") in types else "no handler")
-                progress.settle(a.position, hash, f"skipped:{rule}" if rule else "removed")
+    for a in stretch(log, topic, partition, progress.position, end):
+        if a.position not in progress.fated:
+            hash = 0 if a.envelope is None else event_hash(a.envelope.source, a.envelope.id)
+            rule = a.rule or ("" if plan.choice.wants(a) else NOT_REPLAYED)
+            rule = rule or ("" if (type_of(a) or "") in types else "no handler")
+            progress.settle(a.position, hash, f"skipped:{rule}" if rule else "removed")
     void = sum(b - a for a, b in progress.pass_over(progress.position, end))  # there never was an event
     if void:
         progress.count("void", void)

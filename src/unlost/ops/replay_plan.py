@@ -20,12 +20,12 @@ from unlost.errors import UsageError
 from unlost.events import partition_of
 from unlost.events.topic import Arrival, TopicInfo
 from unlost.ops.connect import Looking
+from unlost.ops.pages import stretch
 from unlost.ops.service import service as registered
 from unlost.ops.tail import moment
 from unlost.world import REAL, rfc3339
 
 NOT_REPLAYED = "not replayed"  # the rule by which an event is skipped that the replay was not asked for
-READ_MAX = 500
 NAMED_MAX = 10
 _PLACE = re.compile(r"(.+)/(\d{1,5}):(\d{1,18})")
 
@@ -301,33 +301,24 @@ def _read(
     """First wanted position, the position after the last, and how many there are."""
     first: int | None = None
     last = count = 0
-    at, everything = start, choice.everything
-    while at < end:
-        arrivals = log.read(*place, at, min(READ_MAX, end - at))
-        if not arrivals:
-            break
-        at = arrivals[-1].position + 1
-        for a in arrivals:
-            type = type_of(a)
-            if (
-                a.rule
-                or a.position >= end
-                or (type is not None and type not in service.handlers)
-                or not (everything or choice.wants(a))
-            ):
-                continue
-            if first is None:
-                first = a.position
-            last = a.position + 1
-            count += 1
-            kind = kinds.get((place[0], type or ""))
-            if kind is None:
-                kinds[place[0], type or ""] = Kind(
-                    topic=place[0], type=type or "", events=1, first=a.recorded, last=a.recorded
-                )
-            else:
-                kind.events += 1
-                kind.first, kind.last = min(kind.first, a.recorded), max(kind.last, a.recorded)
+    everything = choice.everything
+    for a in stretch(log, *place, start, end):
+        type = type_of(a)
+        unhandled = type is not None and type not in service.handlers
+        if a.rule or unhandled or not (everything or choice.wants(a)):
+            continue
+        if first is None:
+            first = a.position
+        last = a.position + 1
+        count += 1
+        kind = kinds.get((place[0], type or ""))
+        if kind is None:
+            kinds[place[0], type or ""] = Kind(
+                topic=place[0], type=type or "", events=1, first=a.recorded, last=a.recorded
+            )
+        else:
+            kind.events += 1
+            kind.first, kind.last = min(kind.first, a.recorded), max(kind.last, a.recorded)
     return (end, end, 0) if first is None else (first, last, count)
 
 

@@ -17,6 +17,7 @@ from unlost.errors import UsageError
 from unlost.events import event_hash
 from unlost.events.topic import TopicInfo, Unit
 from unlost.ops.connect import Looking
+from unlost.ops.pages import stretch
 from unlost.ops.service import unknown
 from unlost.store import services
 from unlost.store.port import Hold, Look
@@ -26,7 +27,6 @@ from unlost.store.steps import Steps, run
 
 T = TypeVar("T")
 Action = Literal["pause", "resume", "retire", "rename"]
-READ_MAX = 500  # events in one look at the log
 TRIES = 3  # a process that came and went meanwhile has moved the positions
 
 
@@ -368,13 +368,9 @@ def _read(log: Log, unit: Unit, runs: Sequence[tuple[int, int]]) -> tuple[int, i
     """How many events a log holds there, and the XOR of their hashes, where it cannot say so by itself."""
     count = digest = 0
     for start, end in runs:
-        at = start
-        while at < end and (arrivals := log.read(unit.topic, unit.partition, at, READ_MAX)):
-            for a in arrivals:
-                if a.position < end:
-                    count += 1
-                    digest ^= 0 if a.envelope is None else event_hash(a.envelope.source, a.envelope.id)
-            at = arrivals[-1].position + 1
+        for a in stretch(log, unit.topic, unit.partition, start, end):
+            count += 1
+            digest ^= 0 if a.envelope is None else event_hash(a.envelope.source, a.envelope.id)
     return count, digest
 
 

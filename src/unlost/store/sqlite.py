@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
 import msgspec
@@ -48,9 +48,10 @@ from unlost.store.port import (
 from unlost.store.progress import Progress, Runs
 from unlost.store.session_blocks import SessionBlock, SyncSessionBlock
 from unlost.store.sessions.connect import of
-from unlost.store.steps import run
+from unlost.store.steps import Steps, run
 from unlost.world import rfc3339
 
+T = TypeVar("T")
 _json = msgspec.json
 _decode_counts = msgspec.json.Decoder(dict[str, int]).decode
 _decode_attempts = msgspec.json.Decoder(list[Attempt]).decode
@@ -112,7 +113,7 @@ class SqliteStore:
     # --- services and ownership --------------------------------------------------------------------------
 
     async def service_of(self, queue: str) -> str | None:
-        return self.file.read(lambda c: run(queues.service_of(queue), lambda sql, b: c.execute(sql, b).fetchall()))
+        return self._look(queues.service_of(queue))
 
     async def register(self, service: str, policy: dict[str, Any], topics: Sequence[TopicInfo]) -> None:
         text = _json.encode(policy, order="sorted").decode()
@@ -174,8 +175,7 @@ class SqliteStore:
 
     async def next_due(self) -> int | None:
         world = self.file.world
-        steps = delayed.next_due(world.steady(), world.now())
-        return self.file.read(lambda c: run(steps, lambda sql, b: c.execute(sql, b).fetchall()))
+        return self._look(delayed.next_due(world.steady(), world.now()))
 
     async def release(self) -> int:
         def work(tx: Transaction) -> int:
@@ -347,7 +347,10 @@ class SqliteStore:
         ]
 
     async def held(self, service: str) -> port.Hold | None:
-        return self.file.read(lambda c: run(services.held(service), lambda sql, b: c.execute(sql, b).fetchall()))
+        return self._look(services.held(service))
+
+    def _look(self, steps: Steps[T]) -> T:
+        return self.file.read(lambda c: run(steps, lambda sql, b: c.execute(sql, b).fetchall()))
 
     async def requests(self, service: str) -> Sequence[Request]:
         rows = self.file.read(

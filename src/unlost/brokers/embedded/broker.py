@@ -26,6 +26,7 @@ from unlost.events import MAX_EVENT_BYTES, Envelope, check_name
 from unlost.events.topic import Arrival, Topic, TopicInfo, Unit
 from unlost.sqlite.file import File
 from unlost.sqlite.transaction import Transaction
+from unlost.world import end
 
 PARTITIONS_MAX = 1024
 
@@ -55,8 +56,7 @@ class EmbeddedBroker:
     async def close(self) -> None:
         indexing, self._indexing = self._indexing, None
         if indexing is not None:
-            indexing.cancel()
-            await asyncio.gather(indexing, return_exceptions=True)  # only a cache: why it ended is no matter any more
+            await end(indexing)  # only a cache: why it ended is no matter any more
 
     async def declare(self, topics: Sequence[Topic]) -> Sequence[TopicInfo]:
         wanted = [(t.name, t.partitions, None if t.retention is None else int(duration(t.retention))) for t in topics]
