@@ -567,6 +567,13 @@ class Scene(Stage):
                 return
             time.sleep(0.02)
 
+    def held(self) -> list[tuple[Any, ...]]:
+        """The transaction that a trap holds up: the oldest, when it has been quiet; others come and go beside it."""
+        return self.sql(
+            "select pid, xact_start from pg_stat_activity where state = 'idle in transaction' "
+            "and datname = current_database() order by xact_start limit 1"
+        )
+
     @contextlib.contextmanager
     def asleep(self, child: Child, *, open_: int) -> Iterator[None]:
         """SIGSTOP for the time of the block, at a quiet moment."""
@@ -1124,14 +1131,14 @@ def _commit_is_lost(scene: Scene, trap: Trap, service: str, *, arrives: bool) ->
         one, life = scene.life("one", machine=machine, services=services, hung=60.0, traps=(trap,))
         scene.reached(life)
         scene.quiet(1)
-        open_ = [pid for (pid,) in scene.sql(OPEN)]
+        held = scene.held()
         if arrives:
             wire.hold_replies()
         else:
             wire.hang()
         life.file("may go").touch()
         if arrives:  # and is carried out
-            scene.until(lambda: not {pid for (pid,) in scene.sql(OPEN)} & set(open_))
+            scene.until(lambda: scene.held() != held)
         else:
             time.sleep(0.2)
         wire.cut()
@@ -1145,9 +1152,6 @@ def _commit_is_lost(scene: Scene, trap: Trap, service: str, *, arrives: bool) ->
     return scene.judge(orders, *services)
 
 
-OPEN = "select pid from pg_stat_activity where state = 'idle in transaction' and datname = current_database()"
-
-
 def server_is_unreachable_for_longer_than_it_is_asked(scene: Scene) -> set[str]:
     """The answer to a settling commit is lost, and nobody can ask what became of it before the process gives up asking."""
     orders = some(3, 2)
@@ -1157,10 +1161,10 @@ def server_is_unreachable_for_longer_than_it_is_asked(scene: Scene) -> set[str]:
         one, life = scene.life("one", machine=machine, hung=60.0, traps=(SETTLING,), fate=0.5)
         scene.reached(life)
         scene.quiet(1)
-        open_ = [pid for (pid,) in scene.sql(OPEN)]
+        held = scene.held()
         wire.hold_replies()
         life.file("may go").touch()
-        scene.until(lambda: not {pid for (pid,) in scene.sql(OPEN)} & set(open_))
+        scene.until(lambda: scene.held() != held)
         wire.refuse()
         wire.cut()
         wire.go_on()

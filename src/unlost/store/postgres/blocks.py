@@ -144,7 +144,7 @@ class LentBlock:
                 with told(self._client.settings):
                     async with connection.pipeline():  # one trip for both; where the first fails, nothing is committed
                         await self._cursor.execute(*call(in_schema(text, self._client.schema), bindings))
-                        await self._cursor.execute("commit")
+                        await self._cursor.execute("commit", prepare=False)
         except BaseException as e:
             await self.abort()
             if isinstance(e.__cause__, DivisionByZero):
@@ -241,7 +241,7 @@ class SyncLentBlock:
                 raise _not_open()
             with told(self._settings):
                 run(rows.finish(settlement), self._execute)
-                self._connection.execute("commit")
+                self._connection.execute("commit", prepare=False)
         except BaseException as e:
             self._error = e
             self.abort()

@@ -122,7 +122,7 @@ class Client:
                     found = await execute.before.fetchone()
                     assert found is not None
                     transaction = found[0]
-                    await connection.execute("commit")
+                    await connection.execute("commit", prepare=False)  # it goes out whole, in one message
                     return result
         except Unavailable as e:
             self.weed()
