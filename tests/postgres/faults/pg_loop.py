@@ -24,6 +24,7 @@ from typing import Any
 
 import psycopg
 from evidence import Journal, read
+from pg_checker import at_most_once
 from pg_shop import TOPICS, Job, chosen, make_services, sleeper, web_async, web_sync
 from pg_stage import Child, Machine, Stage
 from workload import arm_at_random
@@ -40,6 +41,7 @@ from servers.wire import Wire
 from unlost import App, OutcomeUnknown, Unavailable
 from unlost.brokers.embedded.group import EmbeddedMember
 from unlost.delivery.fate import Fate, RetryAt
+from unlost.delivery.later import Releaser
 from unlost.delivery.relay import Relay
 from unlost.delivery.settle import Settler
 from unlost.delivery.worker import Worker
@@ -55,9 +57,9 @@ from unlost.testing.sabotage import _replace
 HUNG_SECONDS = 2.0  # in this proof a process counts as hung much earlier, so that zombies are made in seconds
 ZOMBIE_SECONDS = 3.5
 COULD_NOT_START = 75  # without its database a program does not start, and says so; whoever runs it starts it again
+EARLY_MS = 5  # between the clock of the process that asked, and the one that handled, on one machine
 IN_DOUBT = 76  # the server crashed while it answered to a commit, and nobody can say what became of that: begin anew
 SERVER = {"deadlock_timeout": "100ms", "max_connections": "120", "log_min_messages": "fatal"}
-SERVICES = ("order", "payment", "invoice", "settlement", "stock", "notification")
 
 # (owner, function): a process may be armed to end itself before or after the n-th call of one of these
 POINTS: list[tuple[Any, str]] = [
@@ -102,6 +104,8 @@ POINTS: list[tuple[Any, str]] = [
     (Worker, "_ended_by_transaction"),
     (Worker, "_on_fenced"),
     (Settler, "put"),
+    (Worker, "_begin"),
+    (Releaser, "_round"),
 ]
 RARE = {"_happened", "_connect", "take", "give", "starting", "waiting", "claim", "_take_up", "abort", "_claim", "ack",
         "_assigned", "_give_back", "_on_fenced", "_load"}  # fmt: skip
@@ -177,6 +181,7 @@ class Report:
     away: float = 0.0  # seconds until the server answered again
     orders: int = 0
     effects: int = 0
+    abandoned: int = 0  # cut off in the service that gets its events at most once, and named
     repeats: int = 0  # events that stand in the log more than once
     deadlocks: int = 0
     rollbacks: int = 0
@@ -184,7 +189,7 @@ class Report:
 
     def __str__(self) -> str:
         head = f"seed {self.seed}: {self.kills} kills in {self.seconds:.0f} s, drained in {self.drain_seconds:.0f} s, "
-        work = f"{self.orders} orders, {self.effects} effects, {self.repeats} events sent again, "
+        work = f"{self.orders} orders, {self.effects} effects, {self.repeats} events sent again, {self.abandoned} abandoned, "
         tail = f"{self.deadlocks} deadlocks, {self.rollbacks} rollbacks; {dict(self.by_kind)}; "
         return f"{head}{work}{tail}points: {dict(self.crash_points)}"
 
@@ -418,7 +423,11 @@ class Loop:
 
     def _judge(self) -> None:
         notes = list(read(self.stage.evidence))
-        told = {"notification": [n.uid for n in sorted(notes, key=lambda n: n.at) if n.what == "completed"]}
+        by_time = sorted(notes, key=lambda n: n.at)
+        told = {
+            service: [n.uid for n in by_time if n.service == service and n.what == "completed"]
+            for service in ("notification", "letter")
+        }
         log = self.stage.logged()
         self.report.orders = len(self.stage.orders())
         self.report.effects = len(self.stage.effects())
@@ -429,8 +438,14 @@ class Loop:
         )
         self.report.wrong += self.stage.open_work()
         self.report.wrong += self.stage.verdict(
-            chosen(self.orders), ("order", "payment", "invoice", "settlement", "stock"), told=told
+            chosen(self.orders), ("order", "payment", "invoice", "settlement", "stock", "reminder"), told=told
         )
+        self.report.wrong += [f"early: {n}" for n in notes if n.service == "letter" and n.value < -EARLY_MS]
+        tallied = [n.uid for n in notes if n.service == "tally"]
+        named, more = self.stage.abandoned("tally")
+        self.report.abandoned = len(named) + more
+        if not more:
+            self.report.wrong += at_most_once(tallied, named, log)
 
 
 VERBS = {

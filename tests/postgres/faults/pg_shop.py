@@ -31,11 +31,12 @@ from psycopg_pool import AsyncConnectionPool
 
 from unlost import App, Context, Reject, Retry, Service, Topic, Unavailable
 from unlost.demo.orders import Order, read_orders
-from unlost.demo.shop import OrderCreated, OrderPlaced, PaymentCompleted
+from unlost.demo.shop import OrderCreated, OrderPlaced, PaymentCompleted, ShopEvent
 
 PARTITIONS = 4
 TOPICS = [Topic("shop", partitions=PARTITIONS)]
 TILLS = 8
+REMINDED_SECONDS = 0.25
 QUICK = Retry(attempts=10_000, first=0.01, factor=2, max=0.2)
 INSERT = "insert into effect (service, order_id, customer_id, day, cents) values (%s, %s, %s, %s, %s)"
 PLACE = "insert into shop_order (order_id, customer_id, day, cents) values (%s, %s, %s, %s) on conflict do nothing returning 1"
@@ -44,6 +45,10 @@ SETTLE = (
     "insert into settlement values (%s, %s, 1) on conflict (day) do update "
     "set cents = settlement.cents + excluded.cents, orders = settlement.orders + 1"
 )
+
+
+class ReminderFellDue(ShopEvent):
+    asked_at: float  # seconds since 1970, when the handler asked for it
 
 
 def chosen(count: int) -> list[Order]:
@@ -67,7 +72,8 @@ def chosen(count: int) -> list[Order]:
 
 def make_services(journal: Journal, rng: random.Random, dsn: str, *, concurrency: int = 8) -> list[Service]:
     """One for each way to write: with the settling commit, in a lent transaction (async and in threads), in one of the
-    service's own (async at each level of isolation, and sync with locks in any sequence), and not at all."""
+    service's own (async at each level of isolation, and sync with locks in any sequence), and not at all. One asks for
+    an event that comes later, one gets its events at most once."""
     once: dict[str, Any] = {"guarantee": "effectively-once", "retry": QUICK, "concurrency": concurrency}
     order = Service("order", **once)
     payment = Service("payment", on_dead="skip", **once)
@@ -75,6 +81,9 @@ def make_services(journal: Journal, rng: random.Random, dsn: str, *, concurrency
     settlement = Service("settlement", **once)
     stock = Service("stock", **once)
     notification = Service("notification", retry=QUICK)
+    reminder = Service("reminder", **once)
+    letter = Service("letter", retry=QUICK)
+    tally = Service("tally", guarantee="at-most-once")
     sessions = Sessions(dsn)
 
     def stumble(chance: float) -> None:
@@ -138,7 +147,27 @@ def make_services(journal: Journal, rng: random.Random, dsn: str, *, concurrency
         stumble(0.05)
         journal.note("completed", completed.order_id, completed.customer_id, "notification", completed.amount_cents)
 
-    return [order, payment, invoice, settlement, stock, notification]
+    @reminder.on(PaymentCompleted)
+    async def remind(completed: PaymentCompleted, ctx: Context) -> None:
+        async with ctx.transaction() as db:
+            await db.execute(INSERT.replace("%s", "?"), row("reminder", completed, completed.amount_cents))
+            due = ReminderFellDue(
+                customer_id=completed.customer_id, order_id=completed.order_id, asked_at=time.time()
+            )  # fmt: skip
+            ctx.publish(due, delay=REMINDED_SECONDS)
+            stumble(0.02)
+
+    @letter.on(ReminderFellDue)
+    async def send(due: ReminderFellDue) -> None:
+        late_ms = int((time.time() - due.asked_at - REMINDED_SECONDS) * 1000)
+        journal.note("completed", due.order_id, due.customer_id, "letter", late_ms)
+
+    @tally.on(PaymentCompleted)
+    async def count(completed: PaymentCompleted) -> None:
+        journal.note("delivered", completed.order_id, completed.customer_id, "tally")
+        await dawdle()
+
+    return [order, payment, invoice, settlement, stock, notification, reminder, letter, tally]
 
 
 def row(service: str, event: Any, cents: int) -> tuple[str, str, str, str, int]:

@@ -212,7 +212,7 @@ class Stage:
             return ["nobody has begun"]
         found = [
             f"{count} rows of {table}"
-            for table in ("unlost_outbox", "unlost_outbox_status", "unlost_waiting")
+            for table in ("unlost_outbox", "unlost_outbox_status", "unlost_waiting", "unlost_delayed")
             for ((count,),) in (self.sql(f"select count(*) from unlost.{table}"),)
             if count
         ]
@@ -252,6 +252,11 @@ class Stage:
         env = {"UNLOST_BROKER": self.machine().broker, "UNLOST_STORE": self.dsn, sabotage.VARIABLE: ""}
         code = Child("audit", said, env, _command, ("audit", "--json")).wait(120)
         return [f"audit: exit {code}: {said.read_text()[-4000:]}"] if code else []
+
+    def abandoned(self, service: str) -> tuple[list[str], int]:
+        """The ids that the last audit named as cut off, and how many more there are."""
+        said = json.loads((self.folder / "audit.json").read_text())
+        return [m["id"] for m in said["abandoned"] if m["service"] == service], said["abandoned_more"]
 
 
 @contextlib.contextmanager

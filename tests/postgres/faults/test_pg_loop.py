@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pg_checker import COMPLETED, CREATED, PLACED, Counters, Effect, Found, Logged, Ordered, check, kinds
+from pg_checker import COMPLETED, CREATED, PLACED, Counters, Effect, Found, Logged, Ordered, at_most_once, check, kinds
 from pg_loop import SERVER, Report, play
 
 from servers.fixtures import require_postgres
@@ -161,6 +161,15 @@ def test_the_shelf() -> None:
     marks = {"order": 3, "payment": 2, "settlement": 3}
     assert found(dead=[killed, killed], dead_too=[killed], effects=without, marks=marks) == set()
     assert found(dead_too=[killed], effects=without, marks=marks) == {"shelf"}
+
+
+def test_a_service_that_gets_its_events_at_most_once() -> None:
+    done = [o.id for o in ORDERS]
+    assert not list(at_most_once(done, (), log()))
+    assert not list(at_most_once([*done, done[0]], (), [*log(), *log()]))  # sent again, and delivered again
+    assert kinds(at_most_once([*done, done[0]], (), log())) == {"doubled"}
+    assert kinds(at_most_once(done[1:], (), log())) == {"lost"}
+    assert not list(at_most_once(done[1:], {f"{COMPLETED} {done[0]}"}, log()))
 
 
 def test_completions_of_a_service_without_a_table() -> None:
