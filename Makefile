@@ -8,7 +8,7 @@ READY := .venv/.ready
 help:
 	@echo "make demo    the shop on real orders, killed with kill -9 while it works"
 	@echo "make test    all tests and proofs, and the wheel in an empty environment"
-	@echo "make check   format, lint, types, import directions and the fast tests (under a minute)"
+	@echo "make check   format, lint, types, import directions and the fast tests (some minutes)"
 	@echo "make bench   speed, as ratios to raw loops in the same run -> bench/RESULTS*.md"
 	@echo "make docs    the documentation as a static site -> build/site/index.html"
 	@echo "make prove   the long proofs: many more kills, crash states and seeds"

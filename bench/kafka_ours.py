@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import KEYS, PUBLISHERS, OrderPlaced, Stopwatch, answer, order, start
+from common import KEYS, PUBLISHERS, OrderPlaced, PlaceOrder, Stopwatch, answer, order, start
 from ours import DEADLINE_SECONDS, STAMP, publish, stamping, unless_it_fails, until_settled
 
 from unlost import App, Event, Service
@@ -90,15 +90,17 @@ async def fill(folder: Path, url: str, first: int, total: int) -> None:
 # --- consume -----------------------------------------------------------------------------------------------------
 
 
-def counting(total: int) -> tuple[Service, list[Stopwatch], asyncio.Event]:
+def counting(
+    total: int, kind: str = "event", guarantee: Any = "at-least-once"
+) -> tuple[Service, list[Stopwatch], asyncio.Event]:
     """A service with a handler that does nothing; the watch starts with its first event."""
-    service = Service(f"billing-{time.time_ns()}")  # a group of its own on the cluster
+    service = Service(f"billing-{time.time_ns()}", guarantee=guarantee)  # a group of its own on the cluster
     watch: list[Stopwatch] = []
     done = asyncio.Event()
     seen = 0
 
-    @service.on(OrderPlaced)
-    async def handle(event: OrderPlaced) -> None:
+    @service.on(PlaceOrder if kind == "command" else OrderPlaced)
+    async def handle(event: OrderPlaced | PlaceOrder) -> None:
         nonlocal seen
         seen += 1
         if seen == 1:
@@ -109,9 +111,9 @@ def counting(total: int) -> tuple[Service, list[Stopwatch], asyncio.Event]:
     return service, watch, done
 
 
-async def measure_consume(folder: Path, url: str, total: int, digest: int) -> None:
+async def measure_consume(folder: Path, url: str, total: int, digest: int, guarantee: str) -> None:
     """A backlog: from the first event handled to the durable position of all."""
-    service, watch, done = counting(total)
+    service, watch, done = counting(total, guarantee=guarantee)
     async with app_on(folder, url, service) as app:
         task = asyncio.create_task(app.serve())
         await unless_it_fails(task, done.wait(), DEADLINE_SECONDS + total / 5000)
@@ -123,6 +125,27 @@ async def measure_consume(folder: Path, url: str, total: int, digest: int) -> No
         await task
         check_books(app, total, high, digest)
     answer(result)
+
+
+async def measure_work(folder: Path, url: str, total: int, kind: str) -> None:
+    """From the first call, one for each, to the durable position of all, in one process."""
+    topic = "orders" if kind == "command" else TOPIC
+    warm = PUBLISHERS * 20
+    service, _, done = counting(warm + total, kind)
+    async with app_on(folder, url, service) as app:
+        task = asyncio.create_task(app.serve())
+        await publish(app, 0, warm, PUBLISHERS, kind)
+        await until_settled(app, warm)
+        watch = Stopwatch()
+        await publish(app, warm, total, PUBLISHERS, kind)
+        await unless_it_fails(task, done.wait(), DEADLINE_SECONDS)
+        await until_settled(app, warm + total)
+        result: dict[str, Any] = watch.stop()
+        high = await ends(app, topic)
+        app.stop()
+        await task
+        check_books(app, warm + total, high)
+    answer(result | {"events": total})
 
 
 # --- publish -----------------------------------------------------------------------------------------------------
@@ -312,17 +335,15 @@ async def measure_stall(folder: Path, url: str, stalls: str) -> None:
 
 def main() -> None:
     mode, folder, url, *rest = sys.argv[1:]
-    path, numbers = Path(folder), [int(text) for text in rest if text.lstrip("-").isdigit()]
+    path, values = Path(folder), [int(text) if text.lstrip("-").isdigit() else text for text in rest]
     jobs = {
-        "fill": fill, "consume": measure_consume, "publish": measure_publish, "one": measure_one,
-        "latency": measure_latency, "stamp": consume_stamping, "lanes": measure_lanes,
+        "fill": fill, "consume": measure_consume, "work": measure_work, "publish": measure_publish, "one": measure_one,
+        "latency": measure_latency, "stamp": consume_stamping, "lanes": measure_lanes, "stall": measure_stall,
     }  # fmt: skip
     if mode == "sequential":
-        asyncio.run(measure_sequential(*numbers))
-    elif mode == "stall":
-        asyncio.run(measure_stall(path, url, rest[0]))
+        asyncio.run(measure_sequential(*values))
     else:
-        asyncio.run(jobs[mode](path, url, *numbers))
+        asyncio.run(jobs[mode](path, url, *values))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Bench:
         self.ends: list[int] = []
         self.consume: list[Pair] = []
         self.peers: dict[str, Results] = {name: [] for name in PEERS}
+        self.swift: list[Pair] = []
+        self.queue: list[Pair] = []
         self.publish: list[Pair] = []
         self.one: list[Pair] = []
         self.latency: dict[int, list[Pair]] = {1: [], 2: []}
@@ -120,6 +122,8 @@ class Bench:
 
     def _round(self) -> None:
         self.consume.append((self._consume(), self._raw_consume()))
+        self.swift.append((self._consume("at-most-once"), self.consume[-1][0]))
+        self.queue.append((self._work("command"), self._work("event")))
         for name, share in PEERS.items():
             if name not in self.not_installed:
                 self.peers[name].append(self._peer(name, int(self.backlog * share)))
@@ -143,8 +147,11 @@ class Bench:
             self.digest ^= found["digest"]
             self.filled, self.ends = total, found["ends"]
 
-    def _consume(self) -> dict[str, Any]:
-        return self._ours("consume", self._shared(), self.filled, self.digest)
+    def _consume(self, guarantee: str = "at-least-once") -> dict[str, Any]:
+        return self._ours("consume", self._shared(), self.filled, self.digest, guarantee)
+
+    def _work(self, kind: str) -> dict[str, Any]:
+        return self._ours("work", self._own()[0], self.events, kind)
 
     def _raw_consume(self) -> dict[str, Any]:
         return call("kafka_raw.py", "consume", self.bootstrap, f"{self.prefix}backlog.order", self.filled)
@@ -277,6 +284,8 @@ def targets(b: Bench) -> str:
             against(b, "quix", "Quix Streams", 1.0),
             against(b, "faststream-ack", "FastStream, safe", 8.0),
             pairs(b, f"publish, {PUBLISHERS} publishers, one event per call", b.publish, 0.5),
+            pairs(b, f"queue: {PUBLISHERS} senders → handle → durable, beside the same with events", b.queue, 0.8),
+            pairs(b, "at-most-once beside at-least-once, the backlog", b.swift, 1.5),
             delays(b, "publish call → receipt, one by one, p50", b.one, "times", 1.5),
             delays(b, "publish call → handler start, p50, one process", b.latency[1], "start", 2.0),
             delays(b, "publish call → handler start, p50, two processes", b.latency[2], "start", 2.0),
@@ -387,6 +396,7 @@ store, and each run ends with a comparison of what was published with what is in
 - The raw loops are in `bench/kafka_raw.py`: confluent-kafka, the same messages. They do none of our other work.
 - Consume: a backlog of {b.backlog:,} events, at-least-once, from the first event handled until the positions of all are
   durable. The raw loop saves nothing. The neighbours' clock stops with their last event handled, before they commit.
+- Queue: commands and events in turn, sent and handled in one process.
 - Publish: a closed loop, each publisher sends its next event when the one before is confirmed; the raw producer keeps
   its queue full. One by one: linger.ms=0 on both sides.
 - Handler start: one event at a time, the next when the one before is settled (raw: seen and confirmed).

@@ -461,7 +461,7 @@ class App:
     ) -> Receipt:
         """The same as `publish` for code without an event loop: scripts, sync views, sync handlers.
 
-        Connects by itself if need be, and stays connected until the process ends.
+        Connects by itself if need be, and stays connected until `close` or the end of the process.
         """
         return self._blocking(
             lambda: self.publish(
@@ -484,6 +484,18 @@ class App:
         return self._blocking(
             lambda: self.send(command, id=id, headers=headers, delay=delay, at=at, deadline=deadline), "send"
         )
+
+    def close(self) -> None:
+        """Ends the connection that `publish_sync`, `send_sync` or `cancel_sync` has made, if one has; the next call
+        connects again. Where the process ends anyway, nobody needs it.
+
+        **Guarantee** what these calls returned is durable, closed or not. A connection that `async with` or `serve` uses as
+        well stays.
+        """
+        with self._portal_lock:
+            if self._portal is not None and self._entered == 1 and os.getpid() == self._pid:
+                portal, self._portal = self._portal, None
+                portal.close(self)
 
     def _blocking(self, call: Callable[[], Coroutine[Any, Any, T]], verb: str) -> T:
         check_outside_block()
@@ -767,10 +779,24 @@ class _Portal:
             connecting = self.loop.create_task(connect())
             self.loop.run_forever()
             del connecting
-            self.loop.close()  # it could not connect: the next call makes another one
+            self.loop.close()  # it could not connect, or is not needed any more: the next call makes another one
 
-        threading.Thread(target=run, name="unlost-portal", daemon=True).start()
+        self.thread = threading.Thread(target=run, name="unlost-portal", daemon=True)
+        self.thread.start()
         started.result()
+
+    def close(self, app: App) -> None:
+        async def leave() -> None:
+            try:
+                await app.__aexit__()
+            finally:
+                await self.loop.shutdown_default_executor()
+
+        try:
+            asyncio.run_coroutine_threadsafe(leave(), self.loop).result()
+        finally:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
 
 
 async def _postgres_store(url: str, broker: Broker, mirror: Mirror | None, world: World) -> PostgresStore:

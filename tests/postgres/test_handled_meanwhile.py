@@ -4,6 +4,7 @@ be found at its end, and count neither as an attempt nor as a dead letter."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_two_copies_side_by_side(database: str, tmp_path: Path, in_thread: bool,
 
     url = f"embedded://{tmp_path / 'events.db'}"
     publisher = App(broker=url, store=database)
-    with Work(App(service, broker=url, store=database)):
+    with contextlib.closing(publisher), Work(App(service, broker=url, store=database)):
         for _ in range(COPIES):
             publisher.publish_sync(Reported(text="a"), id="report-a")
         until(lambda: sum(books(database, "archive").values()) == COPIES, "both have an outcome")

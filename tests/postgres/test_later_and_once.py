@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_what_leaves_later(database: str, tmp_path: Path, in_transaction: bool) 
     url = f"embedded://{tmp_path / 'events.db'}"
     app = App(service, broker=url, store=database)
     web = App(broker=url, store=database, name="web")
-    with Work(app):
+    with contextlib.closing(web), Work(app):
         with psycopg.connect(database) as connection:
             with connection.transaction(), web.outbox(connection) as outbox:
                 outbox.publish(Placed(order_id="a"))
@@ -88,7 +89,7 @@ def test_at_most_once(database: str, tmp_path: Path) -> None:
 
     url = f"embedded://{tmp_path / 'events.db'}"
     publisher = App(broker=url, store=database)
-    with Work(App(service, broker=url, store=database)):
+    with contextlib.closing(publisher), Work(App(service, broker=url, store=database)):
         for n in range(40):
             publisher.publish_sync(Pinged(host=f"h{n % 5}", n=n))
         until(lambda: one(database, "select sum(position) from unlost.unlost_progress") == 40, "all are begun")
@@ -116,9 +117,8 @@ def test_tables_of_the_first_format_are_brought_up_to_date(database: str, tmp_pa
     )
     assert one(database, "select value from unlost.unlost_meta where name = 'store_id'") == "the-first"
     assert one(database, "select begun from unlost.unlost_progress where service = 'old'") == b""
-    receipt = App(broker=f"embedded://{tmp_path / 'events.db'}", store=database).publish_sync(
-        Pinged(host="a", n=1), delay=60
-    )
+    with contextlib.closing(App(broker=f"embedded://{tmp_path / 'events.db'}", store=database)) as app:
+        receipt = app.publish_sync(Pinged(host="a", n=1), delay=60)
     assert receipt.due and one(database, "select count(*) from unlost.unlost_delayed") == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import threading
@@ -168,6 +169,23 @@ def test_publish_sync_in_a_script_connects_by_itself_and_the_script_ends(tmp_pat
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert len(set(done.stdout.split())) == 9
+
+
+def test_close_ends_what_publish_sync_has_begun_and_the_next_call_connects_again(tmp_path: Path) -> None:
+    app, before = App(broker=f"embedded://{tmp_path}/events.db"), set(threading.enumerate())
+    app.close()  # nothing has begun
+    for n in range(2):
+        with contextlib.closing(app):
+            assert app.publish_sync(Placed(order_id="a")).position == n
+            assert set(threading.enumerate()) > before
+        assert set(threading.enumerate()) <= before and app.loop is None
+
+
+async def test_close_leaves_a_connection_alone_that_others_use() -> None:
+    async with running(App()) as t:
+        await asyncio.to_thread(t.app.publish_sync, Placed(order_id="a"))
+        t.app.close()
+        assert (await t.app.publish(Placed(order_id="b"))).id
 
 
 async def test_many_publishers_at_once_get_receipts_of_their_own() -> None:

@@ -574,8 +574,11 @@ class Worker:
 
     async def run(self) -> None:
         """Works until `stop`, or until the store or the broker fails for good (then it raises that)."""
-        self._hold(await self._store.held(self.service.name))
-        member = await self._broker.join(self.service.name, sorted(self.service.topics))
+        try:
+            self._hold(await self._insist(self._store.held, self.service.name))
+            member = await self._insist(self._broker.join, self.service.name, sorted(self.service.topics))
+        except Unavailable:  # told to leave before it had begun
+            return
         self._member = member if self._through is None else self._through(member)
         self.joined.set()
         if self._stopping:  # told to leave while it was joining
@@ -640,6 +643,8 @@ class Worker:
             try:
                 return await call(*args)
             except Unavailable as e:
+                if self._stopping and self._member is None:
+                    raise
                 log.error("%s: trying again in %g s: %s", self.service.name, AGAIN_SECONDS, e)
                 await asyncio.sleep(AGAIN_SECONDS)
 

@@ -75,6 +75,7 @@ PLACES = {
         (EmbeddedBroker, "publish"),
         (Client, "commit"),
         (PostgresStore, "settle"),
+        (PostgresStore, "held"),
         (PostgresOutbox, "claim"),
         (PostgresOutbox, "next"),
         (LentBlock, "_finish"),
@@ -1197,6 +1198,26 @@ def store_is_away_when_the_waiting_room_is_read(scene: Scene) -> set[str]:
     return scene.judge(orders, *PAIR)
 
 
+def store_is_away_when_a_service_begins(scene: Scene) -> set[str]:
+    """The App has opened its store; when its first service asks what operators want of it, the server is gone."""
+    orders = some(3, 1)
+    with Wire.to(scene.postgres.host, scene.postgres.port) as wire:
+        machine = scene.machine(dsn=via(scene.dsn, wire.port))
+        trap = Trap("PostgresStore.held", act="wait")
+        one, life = scene.life("one", machine=machine, hung=60.0, traps=(trap,), fate=0.5)
+        scene.reached(life)
+        wire.refuse()
+        wire.cut()
+        life.file("may go").touch()
+        time.sleep(1.0)
+        wire.accept()
+        scene.place(orders)
+        scene.done(orders, "payment")
+        scene.settled()
+        scene.finish(one)
+    return scene.judge(orders, *PAIR)
+
+
 def sessions_are_ended(scene: Scene) -> set[str]:
     """pg_terminate_backend for all sessions, again and again, while orders are placed and handled."""
     orders = some(8, 4)
@@ -1335,6 +1356,7 @@ SCENES: dict[str, Callable[[Scene], set[str]]] = {
         relays_commit_never_arrives,
         server_is_unreachable_for_longer_than_it_is_asked,
         store_is_away_when_the_waiting_room_is_read,
+        store_is_away_when_a_service_begins,
         sessions_are_ended,
     )
 }

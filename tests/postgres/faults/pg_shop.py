@@ -47,7 +47,7 @@ SETTLE = (
 )
 
 
-class ReminderFellDue(ShopEvent):
+class DeadlinePassed(ShopEvent):
     asked_at: float  # seconds since 1970, when the handler asked for it
 
 
@@ -151,14 +151,14 @@ def make_services(journal: Journal, rng: random.Random, dsn: str, *, concurrency
     async def remind(completed: PaymentCompleted, ctx: Context) -> None:
         async with ctx.transaction() as db:
             await db.execute(INSERT.replace("%s", "?"), row("reminder", completed, completed.amount_cents))
-            due = ReminderFellDue(
+            due = DeadlinePassed(
                 customer_id=completed.customer_id, order_id=completed.order_id, asked_at=time.time()
             )  # fmt: skip
             ctx.publish(due, delay=REMINDED_SECONDS)
             stumble(0.02)
 
-    @letter.on(ReminderFellDue)
-    async def send(due: ReminderFellDue) -> None:
+    @letter.on(DeadlinePassed)
+    async def send(due: DeadlinePassed) -> None:
         late_ms = int((time.time() - due.asked_at - REMINDED_SECONDS) * 1000)
         journal.note("completed", due.order_id, due.customer_id, "letter", late_ms)
 
