@@ -136,7 +136,7 @@ class Bench:
         for size in sizes:
             say(f"a backlog of {size:,}")
             self._fill(size)
-            rounds = 3 if size <= 100_000 else 1
+            rounds = 3 if size <= 1_000_000 else 1
             self.flat[size] = [(self._consume(), self._raw_consume()) for _ in range(rounds)]
 
     # --- the parts -------------------------------------------------------------------------------------------
