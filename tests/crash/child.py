@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 context = multiprocessing.get_context("forkserver")
+_LOST = 255  # what multiprocessing says when it cannot read a status; no process of a proof ends with it
 
 
 class Child:
@@ -25,6 +26,7 @@ class Child:
         self, name: str, log: Path, env: dict[str, str], work: Callable[..., None], args: Sequence[Any]
     ) -> None:
         self.name = name
+        self._log = log
         self._process = context.Process(
             target=_enter, args=(str(log), env, self.prepare, work, args), name=name, daemon=True
         )
@@ -35,8 +37,18 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """How it ended; None while it runs."""
-        return self._process.exitcode
+        """How it ended; None while it runs. Seen once, under load: the way by which the fork server says so was gone. Then
+        what the process itself noted counts, and without a note it was killed."""
+        code = self._process.exitcode
+        if code != _LOST or self._runs():
+            return None if code == _LOST else code
+        noted = _note_of(self._log, self.pid)
+        return int(noted.read_text()) if noted.exists() else -signal.SIGKILL
+
+    def _runs(self) -> bool:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
 
     def signal(self, number: int) -> None:
         if self.code is None:
@@ -47,7 +59,7 @@ class Child:
         """SIGKILL, and wait for the end."""
         self.killed = True
         self.signal(signal.SIGKILL)
-        self._process.join(30)
+        self.wait(30)
 
     def end(self, seconds: float = 60) -> int:
         """SIGTERM; returns its exit code."""
@@ -55,10 +67,13 @@ class Child:
         return self.wait(seconds)
 
     def wait(self, seconds: float = 60) -> int:
+        end = time.monotonic() + seconds
         self._process.join(seconds)
-        if self.code is None:
-            raise TimeoutError(f"{self.name} did not end within {seconds:g} s")
-        return self.code
+        while (code := self.code) is None:
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.name} did not end within {seconds:g} s")
+            time.sleep(0.02)
+        return code
 
 
 def _enter(
@@ -69,9 +84,21 @@ def _enter(
     os.dup2(out, 1)
     os.dup2(out, 2)
     threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
-    prepare()
-    work(*args)
-    sys.stderr.flush()
+    code = 1
+    try:
+        prepare()
+        work(*args)
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        raise
+    finally:
+        sys.stderr.flush()
+        _note_of(Path(log), os.getpid()).write_text(str(code))
+
+
+def _note_of(log: Path, pid: int) -> Path:
+    return log.with_name(f"{log.name}.{pid}")
 
 
 def follow(parent: int) -> None:
