@@ -787,9 +787,13 @@ class _Portal:
 
     def close(self, app: App) -> None:
         async def leave() -> None:
+            calls = asyncio.all_tasks() - {asyncio.current_task()}  # of other threads, which wait for their answers
             try:
                 await app.__aexit__()
             finally:
+                if calls:
+                    await asyncio.wait(calls, timeout=STOP_SECONDS)
+                    await end(*calls)
                 await self.loop.shutdown_default_executor()
 
         try:

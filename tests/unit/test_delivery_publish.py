@@ -181,6 +181,25 @@ def test_close_ends_what_publish_sync_has_begun_and_the_next_call_connects_again
         assert set(threading.enumerate()) <= before and app.loop is None
 
 
+def test_a_call_that_is_under_way_when_another_thread_closes_has_its_answer(tmp_path: Path) -> None:
+    app, receipts = App(broker=f"embedded://{tmp_path}/events.db"), []
+    first = app.publish_sync(Placed(order_id="a"))
+    _, release = blocked_writer(app)
+    assert app.loop is not None
+    before = len(asyncio.all_tasks(app.loop))
+    calling = threading.Thread(target=lambda: receipts.append(app.publish_sync(Placed(order_id="a"))), daemon=True)
+    calling.start()
+    while len(asyncio.all_tasks(app.loop)) == before:
+        time.sleep(0.001)
+    closing = threading.Thread(target=app.close, daemon=True)
+    closing.start()
+    release.set()
+    for thread in (calling, closing):
+        thread.join(30)
+        assert not thread.is_alive()
+    assert [r.position for r in (first, *receipts)] == [0, 1]
+
+
 async def test_close_leaves_a_connection_alone_that_others_use() -> None:
     async with running(App()) as t:
         await asyncio.to_thread(t.app.publish_sync, Placed(order_id="a"))
