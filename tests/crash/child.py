@@ -40,8 +40,10 @@ class Child:
         """How it ended; None while it runs. Seen once, under load: the way by which the fork server says so was gone. Then
         what the process itself noted counts, and without a note it was killed."""
         code = self._process.exitcode
-        if code != _LOST or self._runs():
-            return None if code == _LOST else code
+        if code != _LOST:
+            return code
+        if self._runs():
+            return None
         noted = _note_of(self._log, self.pid)
         return int(noted.read_text()) if noted.exists() else -signal.SIGKILL
 

@@ -444,8 +444,7 @@ class Loop:
         tallied = [n.uid for n in notes if n.service == "tally"]
         named, more = self.stage.abandoned("tally")
         self.report.abandoned = len(named) + more
-        if not more:
-            self.report.wrong += at_most_once(tallied, named, log)
+        self.report.wrong += at_most_once(tallied, named, log, more)
 
 
 VERBS = {

@@ -170,6 +170,8 @@ def test_a_service_that_gets_its_events_at_most_once() -> None:
     assert kinds(at_most_once([*done, done[0]], (), log())) == {"doubled"}
     assert kinds(at_most_once(done[1:], (), log())) == {"lost"}
     assert not list(at_most_once(done[1:], {f"{COMPLETED} {done[0]}"}, log()))
+    assert not list(at_most_once(done[1:], (), log(), 1))
+    assert kinds(at_most_once(done[2:], (), log(), 1)) == {"lost"}
 
 
 def test_completions_of_a_service_without_a_table() -> None:
